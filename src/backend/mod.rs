@@ -1,0 +1,134 @@
+//! Where arithmetic happens: tensors and the operations that a forward pass needs.
+//!
+//! A model family is written once, over [`Backend`]; a backend knows shapes and
+//! dtypes, never layers or families. Every operation writes into an output that
+//! the caller allocated, so that a layer loop allocates nothing.
+//!
+//! Matrices are row-major. `rows` of an activation are tokens, of a weight are
+//! output features. Activations have the backend's compute dtype ([`Compute`]);
+//! sums are taken in f32.
+
+pub mod cpu;
+
+use crate::checkpoint::SourceTensor;
+use crate::error::Result;
+
+/// The dtype of activations.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Compute {
+    /// BF16 activations, rounded where the reference implementation rounds. For BF16 checkpoints.
+    Bf16,
+    /// F32 activations. For F32 and F16 checkpoints, whose weights are exact in f32.
+    F32,
+}
+
+impl Compute {
+    /// Bytes of one activation.
+    pub fn bytes(self) -> usize {
+        match self {
+            Compute::Bf16 => 2,
+            Compute::F32 => 4,
+        }
+    }
+}
+
+/// How attention heads are laid out in a token's row: `heads * dim` queries, `kv_heads * dim` keys and values.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Heads {
+    /// Query heads.
+    pub heads: usize,
+    /// Key and value heads; divides `heads`.
+    pub kv_heads: usize,
+    /// Features of one head.
+    pub dim: usize,
+}
+
+/// Tensors and operations on one device.
+pub trait Backend: Send + Sync {
+    /// A row-major matrix (or vector: one row) where this backend computes.
+    type Tensor: Send;
+    /// A list of `u32` where this backend computes: token ids, table rows, document bounds.
+    type Index: Send;
+    /// Running absolute maxima, one f32 slot each.
+    type Amax: Send;
+
+    /// The dtype of activations.
+    fn compute(&self) -> Compute;
+
+    /// Makes a stored BF16, F16 or F32 tensor usable as a weight, without a copy where that is possible.
+    /// One-dimensional tensors become one row.
+    fn load(&self, source: &SourceTensor) -> Result<Self::Tensor>;
+    /// An activation matrix with undefined contents.
+    fn activation(&self, rows: usize, cols: usize) -> Result<Self::Tensor>;
+    /// Sets the logical row count of an activation; at most the rows it was allocated with.
+    fn set_rows(&self, x: &mut Self::Tensor, rows: usize);
+    /// Copies an activation in: `bytes` holds `rows * cols` values of the compute dtype, little endian.
+    fn upload(&self, bytes: &[u8], x: &mut Self::Tensor) -> Result<()>;
+    /// Copies an activation out, appending nothing: `bytes` is resized to `rows * cols` values.
+    fn download(&self, x: &Self::Tensor, bytes: &mut Vec<u8>) -> Result<()>;
+    /// Copies a list of `u32` in.
+    fn index(&self, values: &[u32]) -> Result<Self::Index>;
+    /// A matrix of f32 constants, stored in the compute dtype (rotary cosines and sines).
+    fn constant(&self, values: &[f32], cols: usize) -> Result<Self::Tensor>;
+
+    /// `out[t] = table[ids[t]]`.
+    fn embed(&self, table: &Self::Tensor, ids: &Self::Index, out: &mut Self::Tensor) -> Result<()>;
+    /// `out = round(x / rms(x)) * weight` by rows, with `rms = sqrt(mean(x²) + eps)` in f32.
+    fn rms_norm(&self, x: &Self::Tensor, weight: &Self::Tensor, eps: f32, out: &mut Self::Tensor) -> Result<()>;
+    /// `out = x · weightᵀ + bias`; x `[t, k]`, weight `[n, k]`, bias `[n]`, out `[t, n]`.
+    fn linear(
+        &self,
+        x: &Self::Tensor,
+        weight: &Self::Tensor,
+        bias: Option<&Self::Tensor>,
+        out: &mut Self::Tensor,
+    ) -> Result<()>;
+    /// Rotary embedding in place: the two halves of each head of row `t` are rotated by row `rows[t]` of
+    /// `cos` and `sin` (`[positions, dim / 2]`).
+    fn rope(
+        &self,
+        x: &mut Self::Tensor,
+        dim: usize,
+        cos: &Self::Tensor,
+        sin: &Self::Tensor,
+        rows: &Self::Index,
+    ) -> Result<()>;
+    /// Causal attention inside each document. `bounds` holds document starts and the end of the last;
+    /// scores are multiplied by `scale`; with a `window` a token sees itself and the `window - 1` before it.
+    #[allow(clippy::too_many_arguments)]
+    fn attention(
+        &self,
+        q: &Self::Tensor,
+        k: &Self::Tensor,
+        v: &Self::Tensor,
+        bounds: &Self::Index,
+        heads: Heads,
+        scale: f32,
+        window: Option<usize>,
+        out: &mut Self::Tensor,
+    ) -> Result<()>;
+    /// `gate = round(silu(gate)) * up`, in place.
+    fn silu_mul(&self, gate: &mut Self::Tensor, up: &Self::Tensor) -> Result<()>;
+    /// `x += y`.
+    fn add(&self, x: &mut Self::Tensor, y: &Self::Tensor) -> Result<()>;
+
+    /// `slots` maxima, all zero.
+    fn amax(&self, slots: usize) -> Result<Self::Amax>;
+    /// `amax[slot] = max(amax[slot], max |x|)`; a NaN in `x` makes the slot NaN for good.
+    fn observe(&self, x: &Self::Tensor, amax: &mut Self::Amax, slot: usize) -> Result<()>;
+    /// Reads all maxima.
+    fn read_amax(&self, amax: &Self::Amax) -> Result<Vec<f32>>;
+
+    /// `max |w|` of a weight; NaN or infinite if any element is.
+    fn weight_amax(&self, weight: &Self::Tensor) -> Result<f32>;
+    /// Quantizes a weight `[n, k]` to NVFP4 with max block scales: `codes` takes `n * k / 2` bytes and
+    /// `scales` `n * k / 16`, as in [`crate::nvfp4::quantize`].
+    fn quantize(
+        &self,
+        weight: &Self::Tensor,
+        global: crate::nvfp4::GlobalScale,
+        codes: &mut [u8],
+        scales: &mut [u8],
+    ) -> Result<()>;
+}

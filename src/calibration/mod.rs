@@ -1,0 +1,1 @@
+//! Text in, token batches out; what is observed of activations.

@@ -1,0 +1,1 @@
+//! Ranks, hosts and messages: the only room that calls MPI.

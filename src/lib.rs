@@ -1,0 +1,18 @@
+//! distq turns a Hugging Face checkpoint into NVFP4 over any mix of machines.
+//!
+//! The rooms and what each may know are described in ARCHITECTURE.md. Data flows
+//! one way: [`checkpoint`] → [`planner`] → [`pipeline`] (with [`model`],
+//! [`backend`], [`methods`] and [`nvfp4`]) → [`checkpoint`] → [`verify`].
+
+pub mod backend;
+pub mod calibration;
+pub mod checkpoint;
+pub mod cluster;
+pub mod error;
+pub mod methods;
+pub mod model;
+pub mod nvfp4;
+pub mod pipeline;
+pub mod planner;
+pub mod report;
+pub mod verify;

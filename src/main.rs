@@ -1,0 +1,2 @@
+//! The distq command.
+fn main() {}

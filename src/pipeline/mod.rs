@@ -1,0 +1,1 @@
+//! The schedule: which layer on which micro-batch when, prefetch, overlap, journal.

@@ -1,0 +1,1 @@
+//! Who owns which layers: pure arithmetic over reported machines.
