@@ -137,7 +137,14 @@ mod tests {
 
     #[test]
     fn codes_survive_the_wire() {
-        for code in [ExitCode::Done, ExitCode::Usage, ExitCode::Input, ExitCode::Plan, ExitCode::Run, ExitCode::Verify] {
+        for code in [
+            ExitCode::Done,
+            ExitCode::Usage,
+            ExitCode::Input,
+            ExitCode::Plan,
+            ExitCode::Run,
+            ExitCode::Verify,
+        ] {
             assert_eq!(ExitCode::from_number(code as i32), code);
         }
     }

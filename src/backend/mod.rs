@@ -75,7 +75,13 @@ pub trait Backend: Send + Sync {
     /// `out[t] = table[ids[t]]`.
     fn embed(&self, table: &Self::Tensor, ids: &Self::Index, out: &mut Self::Tensor) -> Result<()>;
     /// `out = round(x / rms(x)) * weight` by rows, with `rms = sqrt(mean(x²) + eps)` in f32.
-    fn rms_norm(&self, x: &Self::Tensor, weight: &Self::Tensor, eps: f32, out: &mut Self::Tensor) -> Result<()>;
+    fn rms_norm(
+        &self,
+        x: &Self::Tensor,
+        weight: &Self::Tensor,
+        eps: f32,
+        out: &mut Self::Tensor,
+    ) -> Result<()>;
     /// `out = x · weightᵀ + bias`; x `[t, k]`, weight `[n, k]`, bias `[n]`, out `[t, n]`.
     fn linear(
         &self,

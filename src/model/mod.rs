@@ -1,1 +1,14 @@
-//! What a decoder layer is made of, and its forward pass over backend operations.
+//! What a decoder is made of: its sizes, its tensors' names and shapes, which linears are fused, and its
+//! forward pass, written once over [`crate::backend::Backend`]. Knows nothing of where it runs.
+
+mod config;
+mod families;
+mod forward;
+mod rope;
+mod tensors;
+
+pub use config::ModelConfig;
+pub use families::{Family, supported};
+pub use forward::{Batch, Decoder, LayerWeights, Linear, Observe, Workspace};
+pub use rope::{Rope, RopeTable};
+pub use tensors::{Group, LinearSpec, Site, TensorSpec};
