@@ -15,4 +15,5 @@ pub mod nvfp4;
 pub mod pipeline;
 pub mod planner;
 pub mod report;
+pub mod units;
 pub mod verify;

@@ -1,0 +1,32 @@
+//! The plan as people read it.
+
+use std::fmt;
+
+use super::Plan;
+use crate::units::{binary, duration};
+
+impl fmt::Display for Plan {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        writeln!(
+            f,
+            "{:>4}  {:<16} {:>9} {:>6} {:>11} {:>11} {:>11} {:>11} {:>9}",
+            "rank", "host", "layers", "group", "reads", "writes", "peak", "may use", "time"
+        )?;
+        for stage in &self.stages {
+            writeln!(
+                f,
+                "{:>4}  {:<16} {:>9} {:>6} {:>11} {:>11} {:>11} {:>11} {:>9}",
+                stage.rank,
+                stage.host,
+                format!("{}..{}", stage.layers.start, stage.layers.end),
+                stage.group,
+                binary(stage.bytes_read),
+                binary(stage.bytes_written),
+                binary(stage.peak_memory),
+                binary(stage.memory),
+                duration(stage.seconds),
+            )?;
+        }
+        write!(f, "expected time: {}", duration(self.seconds))
+    }
+}

@@ -1,0 +1,87 @@
+//! Bytes and seconds as people write and read them.
+
+use crate::error::{Error, Result};
+
+/// Bytes in binary units: `1.50 GiB`.
+pub fn binary(bytes: u64) -> String {
+    let units = ["B", "KiB", "MiB", "GiB", "TiB", "PiB"];
+    let mut value = bytes as f64;
+    let mut unit = 0;
+    while value >= 1024.0 && unit + 1 < units.len() {
+        value /= 1024.0;
+        unit += 1;
+    }
+    if unit == 0 { format!("{bytes} B") } else { format!("{value:.2} {}", units[unit]) }
+}
+
+/// Seconds in the unit that fits: `350 ms`, `12.3 s`, `4 min 05 s`, `2 h 10 min`.
+pub fn duration(seconds: f64) -> String {
+    if seconds < 1.0 {
+        format!("{:.0} ms", seconds * 1e3)
+    } else if seconds < 100.0 {
+        format!("{seconds:.1} s")
+    } else {
+        let whole = seconds.round() as u64;
+        match whole / 3600 {
+            0 => format!("{} min {:02} s", whole / 60, whole % 60),
+            hours => format!("{hours} h {:02} min", whole % 3600 / 60),
+        }
+    }
+}
+
+/// Reads a size: a number with an optional decimal (`5GB`) or binary (`5GiB`) unit.
+///
+/// # Errors
+/// Exit code 2 with the accepted forms.
+pub fn parse_bytes(text: &str) -> Result<u64> {
+    let wrong =
+        || Error::usage(format!("{text:?} is not a size")).fix("write it like 5GB, 118GiB or 1048576");
+    let digits = text.find(|c: char| !c.is_ascii_digit() && c != '.').unwrap_or(text.len());
+    let (number, unit) = text.split_at(digits);
+    let number: f64 = number.parse().map_err(|_| wrong())?;
+    let factor: u64 = match unit.trim().to_ascii_lowercase().as_str() {
+        "" | "b" => 1,
+        "kb" => 1_000,
+        "mb" => 1_000_000,
+        "gb" => 1_000_000_000,
+        "tb" => 1_000_000_000_000,
+        "kib" => 1 << 10,
+        "mib" => 1 << 20,
+        "gib" => 1 << 30,
+        "tib" => 1 << 40,
+        _ => return Err(wrong()),
+    };
+    let bytes = number * factor as f64;
+    if bytes >= 1.0 && bytes < u64::MAX as f64 { Ok(bytes as u64) } else { Err(wrong()) }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn sizes_are_read_in_both_kinds_of_units() {
+        for (text, bytes) in [
+            ("5GB", 5_000_000_000),
+            ("118GiB", 118 << 30),
+            ("1.5 MiB", 3 << 19),
+            ("4096", 4096),
+            ("2kb", 2000),
+        ] {
+            assert_eq!(parse_bytes(text).unwrap(), bytes, "{text}");
+        }
+        for text in ["", "GB", "5XB", "-1GB", "0", "1e400GB"] {
+            assert!(parse_bytes(text).is_err(), "{text}");
+        }
+    }
+
+    #[test]
+    fn sizes_and_times_are_written_briefly() {
+        assert_eq!(binary(1023), "1023 B");
+        assert_eq!(binary(3 << 29), "1.50 GiB");
+        assert_eq!(duration(0.35), "350 ms");
+        assert_eq!(duration(12.34), "12.3 s");
+        assert_eq!(duration(245.0), "4 min 05 s");
+        assert_eq!(duration(7800.0), "2 h 10 min");
+    }
+}
