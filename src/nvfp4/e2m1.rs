@@ -1,0 +1,29 @@
+//! E2M1: 4-bit floats. A code is `sign << 3 | index`; the eight magnitudes are 0, 0.5, 1, 1.5, 2, 3, 4, 6.
+
+/// Magnitudes by index.
+pub const MAGNITUDES: [f32; 8] = [0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0];
+
+/// The nearest code: ties go to the even index, values beyond 6 saturate. The sign bit is set for
+/// `x < 0`, so -0.0 becomes code 0 and a negative value that rounds to zero becomes code 8.
+#[inline(always)]
+pub fn encode(x: f32) -> u8 {
+    let a = x.abs();
+    // The index is the number of thresholds passed. Between an even index and the odd one above it the
+    // midpoint belongs to the even one (`>`), between odd and even likewise (`>=`). Counting instead of
+    // branching lets the compiler turn a block into vector compares.
+    let index = (a > 0.25) as u8
+        + (a >= 0.75) as u8
+        + (a > 1.25) as u8
+        + (a >= 1.75) as u8
+        + (a > 2.5) as u8
+        + (a >= 3.5) as u8
+        + (a > 5.0) as u8;
+    index | (((x < 0.0) as u8) << 3)
+}
+
+/// The value of a code (only the low four bits count). Code 8 is -0.0.
+#[inline(always)]
+pub fn decode(code: u8) -> f32 {
+    let magnitude = MAGNITUDES[(code & 7) as usize];
+    if code & 8 == 0 { magnitude } else { -magnitude }
+}

@@ -1,0 +1,195 @@
+//! What goes in and what comes out: every source tensor checked against the model, every output tensor
+//! named, sized and given to the layer that makes it. From headers alone.
+
+use std::collections::BTreeSet;
+
+use safetensors::Dtype;
+
+use crate::backend::Compute;
+use crate::checkpoint::{Checkpoint, Layout, OutTensor, Scheme};
+use crate::error::{Error, Result};
+use crate::model::{Group, ModelConfig, TensorSpec};
+use crate::nvfp4::BLOCK;
+use crate::planner::ModelCost;
+
+/// The tensors of one part of the model: the embedding, a layer, or what follows the layers.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct Part {
+    /// Source tensors that are carried over byte for byte.
+    pub copied: Vec<String>,
+    /// Fused groups to quantize.
+    pub quantized: Vec<Group>,
+    /// Bytes of all source tensors.
+    pub source_bytes: u64,
+    /// Everything that is written.
+    pub outputs: Vec<OutTensor>,
+}
+
+impl Part {
+    /// Bytes of everything that is written.
+    pub fn output_bytes(&self) -> u64 {
+        self.outputs.iter().map(OutTensor::bytes).sum()
+    }
+}
+
+/// The whole model's tensors, by part.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Inventory {
+    /// The embedding, which the first stage owns.
+    pub head: Part,
+    /// The decoder layers.
+    pub layers: Vec<Part>,
+    /// The final norm and lm_head, which the last stage owns.
+    pub tail: Part,
+    /// Modules left unquantized, as full names.
+    pub ignored: Vec<String>,
+    /// The dtype in which activations are computed.
+    pub compute: Compute,
+}
+
+impl Inventory {
+    /// Checks the source against the model and lists the output.
+    ///
+    /// # Errors
+    /// Exit code 3: an already quantized source, a missing or unexpected tensor, a wrong shape or dtype,
+    /// in-features that are not a multiple of 16. Exit code 2: ignore patterns that match nothing or
+    /// split a fused group.
+    pub fn new(
+        checkpoint: &Checkpoint,
+        model: &ModelConfig,
+        layout: Layout,
+        scheme: Scheme,
+        ignore: &[String],
+    ) -> Result<Inventory> {
+        if checkpoint.is_quantized() {
+            return Err(Error::input("the source is already quantized")
+                .file(&checkpoint.dir)
+                .fix("start from the original BF16, F16 or F32 checkpoint"));
+        }
+        let ignored = super::ignore::ignored_modules(model, ignore)?;
+        let mut builder = Builder { checkpoint, layout, scheme, ignored: &ignored, seen: BTreeSet::new() };
+        let head = builder.part(&[model.embedding()], &[])?;
+        let layers = (0..model.layers)
+            .map(|layer| builder.part(&model.layer_tensors(layer), &model.groups(layer)))
+            .collect::<Result<Vec<_>>>()?;
+        let tail = builder.part(&model.tail_tensors(), &[])?;
+        builder.nothing_left_over(model)?;
+        let all_bf16 = builder.seen.iter().filter_map(|name| checkpoint.tensors.get(name)).all(|entry| {
+            entry.shape.len() < 2 || entry.dtype == Dtype::BF16
+        });
+        let compute = if all_bf16 { Compute::Bf16 } else { Compute::F32 };
+        Ok(Inventory { head, layers, tail, ignored: ignored.into_iter().collect(), compute })
+    }
+
+    /// Every output tensor in model order.
+    pub fn outputs(&self) -> impl Iterator<Item = &OutTensor> {
+        self.parts().flat_map(|part| &part.outputs)
+    }
+
+    fn parts(&self) -> impl Iterator<Item = &Part> {
+        std::iter::once(&self.head).chain(&self.layers).chain(std::iter::once(&self.tail))
+    }
+
+    /// What the planner needs to know of this model.
+    pub fn cost(&self, model: &ModelConfig) -> ModelCost {
+        let (q, kv) = (model.heads * model.head_dim, model.kv_heads * model.head_dim);
+        // The buffers of one layer: two of the hidden size, q and attention, k and v, gate and up.
+        let row = 2 * model.hidden + 2 * q + 2 * kv + 2 * model.intermediate;
+        let params = model.groups(0).iter().flat_map(|g| &g.members).map(|l| l.rows * l.cols).sum::<usize>();
+        ModelCost {
+            layer_source: self.layers.iter().map(|part| part.source_bytes).collect(),
+            layer_output: self.layers.iter().map(Part::output_bytes).collect(),
+            head: self.head.source_bytes,
+            tail: self.tail.source_bytes,
+            hidden_row: (model.hidden * self.compute.bytes()) as u64,
+            workspace_row: (row * self.compute.bytes()) as u64,
+            flops_per_token: 2.0 * params as f64,
+        }
+    }
+}
+
+struct Builder<'a> {
+    checkpoint: &'a Checkpoint,
+    layout: Layout,
+    scheme: Scheme,
+    ignored: &'a BTreeSet<String>,
+    seen: BTreeSet<String>,
+}
+
+impl Builder<'_> {
+    fn part(&mut self, tensors: &[TensorSpec], groups: &[Group]) -> Result<Part> {
+        let mut part = Part::default();
+        let mut quantized_weights = BTreeSet::new();
+        for group in groups {
+            if group.members.iter().all(|linear| self.ignored.contains(&linear.name)) {
+                continue;
+            }
+            for linear in &group.members {
+                if linear.cols % BLOCK != 0 {
+                    return Err(Error::input(format!(
+                        "{} input features are not a multiple of {BLOCK}, so blocks would cross rows",
+                        linear.cols
+                    ))
+                    .tensor(linear.weight())
+                    .fix(format!("leave it in its dtype with --ignore {:?}", linear.name)));
+                }
+                quantized_weights.insert(linear.weight());
+            }
+            part.quantized.push(group.clone());
+        }
+        for spec in tensors {
+            let entry = self.checked(spec)?;
+            part.source_bytes += entry.bytes;
+            if !quantized_weights.contains(&spec.name) {
+                part.outputs.push(OutTensor::new(&spec.name, entry.dtype, &entry.shape));
+                part.copied.push(spec.name.clone());
+            }
+        }
+        for linear in part.quantized.iter().flat_map(|group| &group.members) {
+            let outputs = self.layout.linear_tensors(&linear.name, linear.rows, linear.cols, self.scheme);
+            part.outputs.extend(outputs);
+        }
+        Ok(part)
+    }
+
+    fn checked(&mut self, spec: &TensorSpec) -> Result<crate::checkpoint::Entry> {
+        let entry = self.checkpoint.entry(&spec.name)?;
+        let file = &self.checkpoint.files[entry.file];
+        if entry.shape != spec.shape {
+            return Err(Error::input(format!("the shape is {:?}, config.json says {:?}", entry.shape, spec.shape))
+                .file(file)
+                .tensor(&spec.name)
+                .fix("use the config.json that belongs to these weights"));
+        }
+        if !matches!(entry.dtype, Dtype::BF16 | Dtype::F16 | Dtype::F32) {
+            return Err(Error::input(format!("the dtype is {:?}", entry.dtype))
+                .file(file)
+                .tensor(&spec.name)
+                .fix("use a checkpoint in BF16, F16 or F32"));
+        }
+        self.seen.insert(spec.name.clone());
+        Ok(entry.clone())
+    }
+
+    /// Tensors that the model does not have would be lost without a word. Rotary frequencies, which old
+    /// exports stored although every loader computes them, are the exception.
+    fn nothing_left_over(&self, model: &ModelConfig) -> Result<()> {
+        let unknown = self.checkpoint.tensors.iter().find(|(name, _)| {
+            !self.seen.contains(*name) && !name.ends_with("rotary_emb.inv_freq")
+        });
+        match unknown {
+            None => Ok(()),
+            Some((name, entry)) => {
+                let fix = if name == "lm_head.weight" && model.tie_embeddings {
+                    "set tie_word_embeddings to false in config.json, or remove the tensor"
+                } else {
+                    "use a checkpoint of a plain decoder, without adapters or extra heads"
+                };
+                Err(Error::input(format!("{} has no such tensor", model.family.name()))
+                    .file(&self.checkpoint.files[entry.file])
+                    .tensor(name)
+                    .fix(fix))
+            }
+        }
+    }
+}

@@ -1,0 +1,57 @@
+//! What every rank knows of the job before the first layer.
+
+use std::collections::HashSet;
+use std::ops::Range;
+
+use super::inventory::{Inventory, Part};
+use super::journal::PartId;
+use crate::calibration::MicroBatch;
+use crate::checkpoint::{Checkpoint, Layout};
+use crate::model::ModelConfig;
+
+/// The job, the same on every rank (but for where the checkpoint lies).
+pub struct Job {
+    /// The model.
+    pub model: ModelConfig,
+    /// The source on this host.
+    pub checkpoint: Checkpoint,
+    /// What goes in and what comes out.
+    pub inventory: Inventory,
+    /// How the output is written.
+    pub layout: Layout,
+    /// Tokens of each calibration document.
+    pub lengths: Vec<usize>,
+    /// The documents' token ids, one after another.
+    pub ids: Vec<u32>,
+    /// The documents, packed.
+    pub micro_batches: Vec<MicroBatch>,
+    /// Parts that an earlier run finished.
+    pub done: HashSet<PartId>,
+    /// The last layer that hidden states must reach: the last unfinished one, where calibration is
+    /// needed at all.
+    pub forward_until: Option<usize>,
+}
+
+impl Job {
+    /// Whether an earlier run finished this part.
+    pub fn is_finished(&self, part: PartId) -> bool {
+        self.done.contains(&part)
+    }
+
+    /// The tensors of a part.
+    pub fn part(&self, part: PartId) -> &Part {
+        match part {
+            PartId::Head => &self.inventory.head,
+            PartId::Layer(layer) => &self.inventory.layers[layer],
+            PartId::Tail => &self.inventory.tail,
+        }
+    }
+
+    /// The token ids of a micro-batch.
+    pub fn ids_of(&self, micro_batch: usize) -> &[u32] {
+        let samples: &Range<usize> = &self.micro_batches[micro_batch].samples;
+        let start: usize = self.lengths[..samples.start].iter().sum();
+        let length: usize = self.lengths[samples.clone()].iter().sum();
+        &self.ids[start..start + length]
+    }
+}

@@ -1,0 +1,208 @@
+//! The journal of a run: what it was asked to do, and every part that is finished.
+//!
+//! One JSON object a line, appended by rank 0 only, in `OUT.partial/`. The first line is the run's
+//! [`Fingerprint`]; each further line is a finished [`PartRecord`]. A line that a crash cut short is
+//! ignored, so the part before it is simply done again.
+
+use std::fs::{File, OpenOptions};
+use std::io::Write;
+use std::path::{Path, PathBuf};
+
+use crate::error::{Error, Result};
+use crate::model::Site;
+
+/// The journal's file name inside `OUT.partial/`.
+pub const JOURNAL: &str = "distq-journal.jsonl";
+
+/// Everything that the output's bytes depend on. Two runs with equal fingerprints write the same files.
+#[derive(Clone, Debug, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
+pub struct Fingerprint {
+    /// distq's version.
+    pub version: String,
+    /// Digest of the source's configuration and headers.
+    pub model: String,
+    /// Digest of the calibration tokens; empty where none are needed.
+    pub data: String,
+    /// Layout, scheme, method, ignored modules and shard size, as text.
+    pub options: String,
+}
+
+impl Fingerprint {
+    /// What differs between this fingerprint and the one in the journal, in words.
+    fn difference(&self, journal: &Fingerprint) -> Option<String> {
+        let pairs = [
+            ("the version of distq", &self.version, &journal.version),
+            ("the model", &self.model, &journal.model),
+            ("the calibration data", &self.data, &journal.data),
+            ("the options", &self.options, &journal.options),
+        ];
+        pairs
+            .into_iter()
+            .find(|(_, now, then)| now != then)
+            .map(|(what, now, then)| format!("{what} differs: now {now:?}, then {then:?}"))
+    }
+}
+
+/// A part of the model: what the journal and the report call its pieces.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, serde::Serialize, serde::Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum PartId {
+    /// The embedding.
+    Head,
+    /// A decoder layer.
+    Layer(usize),
+    /// The final norm and lm_head.
+    Tail,
+}
+
+/// A finished part: all its tensors are at their places.
+#[derive(Clone, Debug, PartialEq, serde::Serialize, serde::Deserialize)]
+pub struct PartRecord {
+    /// Which part.
+    pub part: PartId,
+    /// blake3 of its output tensors' bytes, in the inventory's order.
+    pub digest: String,
+    /// What was measured of its fused groups.
+    pub groups: Vec<GroupRecord>,
+}
+
+/// What was measured of one fused group.
+#[derive(Clone, Debug, PartialEq, serde::Serialize, serde::Deserialize)]
+pub struct GroupRecord {
+    /// Where in the layer.
+    pub site: Site,
+    /// `max |x|` of the input over all calibration tokens; absent where none was needed.
+    pub input_amax: Option<f32>,
+    /// Module names and their `max |w|`.
+    pub members: Vec<(String, f32)>,
+}
+
+/// The open journal.
+pub struct Journal {
+    file: File,
+    path: PathBuf,
+}
+
+impl Journal {
+    /// Starts a journal in `dir`.
+    pub fn create(dir: &Path, fingerprint: &Fingerprint) -> Result<Journal> {
+        let path = dir.join(JOURNAL);
+        let file = File::create(&path).map_err(|e| failed("can't create the journal", &path, e))?;
+        let mut journal = Journal { file, path };
+        journal.line(fingerprint)?;
+        Ok(journal)
+    }
+
+    /// Opens the journal of an interrupted run and returns what it finished.
+    ///
+    /// # Errors
+    /// Exit code 2 where the journal belongs to another model, other data or other options.
+    pub fn resume(dir: &Path, fingerprint: &Fingerprint) -> Result<(Journal, Vec<PartRecord>)> {
+        let path = dir.join(JOURNAL);
+        let text = std::fs::read_to_string(&path).map_err(|e| failed("can't read the journal", &path, e))?;
+        let mut lines = text.split_inclusive('\n').take_while(|line| line.ends_with('\n'));
+        let first = lines.next().and_then(|line| serde_json::from_str::<Fingerprint>(line).ok());
+        let Some(journal_of) = first else {
+            return Err(Error::usage("the journal has no readable first line")
+                .file(&path)
+                .fix("start again with --overwrite"));
+        };
+        if let Some(difference) = fingerprint.difference(&journal_of) {
+            return Err(Error::usage(format!("can't resume: {difference}"))
+                .file(&path)
+                .fix("repeat the run with what it was started with, or start again with --overwrite"));
+        }
+        let records = lines.map_while(|line| serde_json::from_str::<PartRecord>(line).ok()).collect::<Vec<_>>();
+        // Rewritten rather than appended to: a line that was cut short must not swallow the next one.
+        let mut journal = Journal::create(dir, fingerprint)?;
+        for record in &records {
+            journal.line(record)?;
+        }
+        Ok((journal, records))
+    }
+
+    /// Records a finished part.
+    pub fn finished(&mut self, record: &PartRecord) -> Result<()> {
+        self.line(record)
+    }
+
+    fn line(&mut self, value: &impl serde::Serialize) -> Result<()> {
+        let mut line = serde_json::to_string(value).expect("records are plain data");
+        line.push('\n');
+        // One write a line: a crash leaves a prefix of it, never two lines mixed.
+        self.file.write_all(line.as_bytes()).map_err(|e| failed("can't write the journal", &self.path, e))
+    }
+}
+
+/// Whether an interrupted run left a journal in `dir`.
+pub fn exists(dir: &Path) -> bool {
+    OpenOptions::new().read(true).open(dir.join(JOURNAL)).is_ok()
+}
+
+fn failed(what: &str, path: &Path, error: std::io::Error) -> Error {
+    Error::run(format!("{what}: {error}")).file(path).fix("check the disk and the permissions, then use --resume")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn fingerprint() -> Fingerprint {
+        Fingerprint { version: "1".into(), model: "m".into(), data: "d".into(), options: "o".into() }
+    }
+
+    fn record(layer: usize) -> PartRecord {
+        PartRecord {
+            part: PartId::Layer(layer),
+            digest: format!("digest{layer}"),
+            groups: vec![GroupRecord {
+                site: Site::Qkv,
+                input_amax: Some(0.1),
+                members: vec![("q".into(), f32::MIN_POSITIVE)],
+            }],
+        }
+    }
+
+    #[test]
+    fn finished_parts_come_back() {
+        let dir = tempfile::tempdir().unwrap();
+        let mut journal = Journal::create(dir.path(), &fingerprint()).unwrap();
+        journal.finished(&record(3)).unwrap();
+        journal.finished(&record(0)).unwrap();
+        let (_, records) = Journal::resume(dir.path(), &fingerprint()).unwrap();
+        assert_eq!(records, [record(3), record(0)]);
+    }
+
+    #[test]
+    fn a_line_cut_short_is_ignored_and_does_not_harm_the_next() {
+        let dir = tempfile::tempdir().unwrap();
+        let mut journal = Journal::create(dir.path(), &fingerprint()).unwrap();
+        journal.finished(&record(0)).unwrap();
+        journal.finished(&record(1)).unwrap();
+        let path = dir.path().join(JOURNAL);
+        let text = std::fs::read(&path).unwrap();
+        std::fs::write(&path, &text[..text.len() - 9]).unwrap();
+        let (mut journal, records) = Journal::resume(dir.path(), &fingerprint()).unwrap();
+        assert_eq!(records, [record(0)]);
+        journal.finished(&record(2)).unwrap();
+        assert_eq!(Journal::resume(dir.path(), &fingerprint()).unwrap().1, [record(0), record(2)]);
+    }
+
+    #[test]
+    fn another_run_is_refused_with_the_reason() {
+        let dir = tempfile::tempdir().unwrap();
+        Journal::create(dir.path(), &fingerprint()).unwrap();
+        let changes: [(&str, fn(&mut Fingerprint)); 4] = [
+            ("version", |f| f.version = "2".into()),
+            ("model", |f| f.model = "n".into()),
+            ("calibration data", |f| f.data = "e".into()),
+            ("options", |f| f.options = "p".into()),
+        ];
+        for (word, change) in changes {
+            let mut other = fingerprint();
+            change(&mut other);
+            let error = Journal::resume(dir.path(), &other).err().unwrap().to_string();
+            assert!(error.contains(word) && error.contains("can't resume"), "{error}");
+        }
+    }
+}
