@@ -15,5 +15,6 @@ pub mod nvfp4;
 pub mod pipeline;
 pub mod planner;
 pub mod report;
+mod simd;
 pub mod units;
 pub mod verify;

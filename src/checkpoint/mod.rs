@@ -1,5 +1,18 @@
 //! Checkpoints on disk: reading a Hugging Face directory, planning and writing the quantized one.
+//! Knows names, dtypes, shapes and bytes, not how numbers are chosen.
 
+mod header;
+mod layout;
+mod output;
+mod placement;
+mod sidefiles;
 mod source;
+mod writer;
 
+pub use header::{Header, HeaderTensor, read_header};
+pub use layout::{Layout, LinearNames, Scheme, quantization_files};
+pub use output::{Existing, OutputDir};
+pub use placement::{OutTensor, Placement, Shard, Slot};
+pub use sidefiles::{copy_side_files, is_side_file};
 pub use source::{Checkpoint, Entry, SourceTensor};
+pub use writer::OutputFiles;

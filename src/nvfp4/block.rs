@@ -3,6 +3,7 @@
 use half::bf16;
 
 use super::{BLOCK, GlobalScale, e2m1, e4m3};
+use crate::simd::wide;
 
 /// A weight's element type: exact in f32.
 pub trait Element: Copy + Send + Sync {
@@ -24,33 +25,7 @@ impl Element for bf16 {
     }
 }
 
-/// Compiles `body` twice on x86-64, once with AVX-512 enabled, and picks at run time. The bodies are plain
-/// Rust, so both give the same bits; only the width of the vectors differs.
-macro_rules! dispatch {
-    ($(#[$doc:meta])* pub fn $name:ident<T: Element>($($arg:ident: $ty:ty),*) $(-> $ret:ty)? => $body:ident) => {
-        $(#[$doc])*
-        pub fn $name<T: Element>($($arg: $ty),*) $(-> $ret)? {
-            #[cfg(target_arch = "x86_64")]
-            {
-                #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq")]
-                fn wide<T: Element>($($arg: $ty),*) $(-> $ret)? {
-                    $body($($arg),*)
-                }
-                if is_x86_feature_detected!("avx512f")
-                    && is_x86_feature_detected!("avx512bw")
-                    && is_x86_feature_detected!("avx512vl")
-                    && is_x86_feature_detected!("avx512dq")
-                {
-                    // SAFETY: the processor has every feature that `wide` was compiled with.
-                    return unsafe { wide($($arg),*) };
-                }
-            }
-            $body($($arg),*)
-        }
-    };
-}
-
-dispatch! {
+wide! {
     /// `max |x|`; NaN if any element is NaN, infinite if any is infinite and none is NaN. 0 for no elements.
     pub fn amax<T: Element>(x: &[T]) -> f32 => amax_body
 }
@@ -75,7 +50,7 @@ pub fn first_non_finite<T: Element>(x: &[T]) -> Option<usize> {
     x.iter().position(|value| !value.to_f32().is_finite())
 }
 
-dispatch! {
+wide! {
     /// Quantizes rows of `16 · n` finite elements, concatenated in `w`: `codes` takes two codes a byte (the
     /// even column in the low nibble), `scales` one E4M3 byte a block.
     ///

@@ -1,1 +1,381 @@
-//! The CPU backend.
+//! The CPU backend: host memory, a thread pool of its own, BF16 or F32 arithmetic.
+
+mod attention;
+mod elementwise;
+pub mod gemm;
+mod shared;
+mod tensor;
+
+use half::bf16;
+use rayon::ThreadPool;
+use rayon::prelude::*;
+
+use attention::Attend;
+use shared::Disjoint;
+use tensor::Scalar;
+pub use tensor::{Tensor, View};
+
+use super::{Backend, Compute, Heads};
+use crate::checkpoint::SourceTensor;
+use crate::error::{Error, Result};
+use crate::nvfp4::{self, BLOCK, GlobalScale};
+
+/// The CPU backend.
+pub struct Cpu {
+    compute: Compute,
+    pool: ThreadPool,
+}
+
+/// Elements that one task of an elementwise operation or of quantizing takes: large against the cost of a
+/// task, small against a matrix.
+const CHUNK: usize = 1 << 16;
+
+impl Cpu {
+    /// A backend with `threads` threads.
+    ///
+    /// # Errors
+    /// Exit code 5 where the threads can't be started.
+    pub fn new(compute: Compute, threads: usize) -> Result<Cpu> {
+        let pool =
+            rayon::ThreadPoolBuilder::new().num_threads(threads).thread_name(|i| format!("compute-{i}"));
+        let pool = pool.build().map_err(|e| Error::run(format!("can't start {threads} threads: {e}")))?;
+        Ok(Cpu { compute, pool })
+    }
+
+    /// Which matrix kernel runs, for the report.
+    pub fn kernel(&self) -> &'static str {
+        match self.compute {
+            Compute::Bf16 => gemm::kernel(),
+            Compute::F32 => "f32",
+        }
+    }
+
+    /// FLOP/s of matrix products, from about 20 ms of them.
+    pub fn probe(&self) -> f64 {
+        let (m, n, k) = (256, 512, 512);
+        let x = Tensor::from_f32(self.compute, &vec![0.5; m * k], k);
+        let w = Tensor::from_f32(self.compute, &vec![0.25; n * k], k);
+        let mut out = Tensor::zeros(self.compute, m, n);
+        let mut once = || {
+            let started = std::time::Instant::now();
+            self.product(&x, &w, None, &mut out);
+            started.elapsed().as_secs_f64()
+        };
+        once();
+        // The fastest of a few: what else runs on the machine at start should not decide the plan.
+        let mut best = f64::INFINITY;
+        let started = std::time::Instant::now();
+        while started.elapsed().as_millis() < 20 {
+            best = best.min(once());
+        }
+        (2 * m * n * k) as f64 / best
+    }
+
+    fn product(&self, x: &Tensor, w: &Tensor, bias: Option<&Tensor>, out: &mut Tensor) {
+        match self.compute {
+            Compute::Bf16 => self.product_into::<bf16>(x, w, bias, out),
+            Compute::F32 => self.product_into::<f32>(x, w, bias, out),
+        }
+    }
+
+    fn product_into<T: Scalar>(&self, x: &Tensor, w: &Tensor, bias: Option<&Tensor>, out: &mut Tensor) {
+        debug_assert_eq!((x.cols, w.rows, x.rows), (w.cols, out.cols, out.rows), "shapes fit");
+        let bias = bias.map(T::of);
+        let (m, n, k) = (x.rows, w.rows, x.cols);
+        let product = gemm::Product { m, n, k, x: x.view(), w: w.view() };
+        let out = Disjoint::new(T::of_mut(out));
+        self.pool.install(|| {
+            product.run(&|row, col, sums| {
+                // SAFETY: every run of columns of every row is finished once.
+                let place = unsafe { out.range(row * n + col, sums.len()) };
+                elementwise::finish(sums, bias.map(|bias| &bias[col..col + sums.len()]), place);
+            });
+        });
+    }
+
+    /// Calls `f` with equal parts of two slices, in parallel.
+    fn zip<A: Send, B: Sync>(&self, a: &mut [A], b: &[B], f: impl Fn(&mut [A], &[B]) + Sync) {
+        self.pool.install(|| {
+            a.par_chunks_mut(CHUNK).zip(b.par_chunks(CHUNK)).for_each(|(a, b)| f(a, b));
+        });
+    }
+
+    fn rms_norm_as<T: Scalar>(&self, x: &Tensor, weight: &Tensor, eps: f32, out: &mut Tensor) {
+        let (cols, weight) = (x.cols, T::of(weight));
+        self.pool.install(|| {
+            let rows = T::of_mut(out).par_chunks_exact_mut(cols).zip(T::of(x).par_chunks_exact(cols));
+            rows.with_min_len(16).for_each(|(out, x)| elementwise::rms_norm(x, weight, eps, out));
+        });
+    }
+
+    fn rope_as<T: Scalar>(&self, x: &mut Tensor, dim: usize, cos: &Tensor, sin: &Tensor, rows: &[u32]) {
+        let (cols, half) = (x.cols, dim / 2);
+        let (cos, sin) = (T::of(cos), T::of(sin));
+        self.pool.install(|| {
+            let tokens = T::of_mut(x).par_chunks_exact_mut(cols).zip(rows.par_iter());
+            tokens.with_min_len(16).for_each(|(token, &row)| {
+                let at = row as usize * half..(row as usize + 1) * half;
+                for head in token.chunks_exact_mut(dim) {
+                    elementwise::rotate(head, &cos[at.clone()], &sin[at.clone()]);
+                }
+            });
+        });
+    }
+
+    #[allow(clippy::too_many_arguments)]
+    fn attention_as<T: Attend>(
+        &self,
+        q: &Tensor,
+        k: &Tensor,
+        v: &Tensor,
+        bounds: &[u32],
+        heads: Heads,
+        scale: f32,
+        window: Option<usize>,
+        out: &mut Tensor,
+    ) {
+        let (q, k, v, out) = (T::of(q), T::of(k), T::of(v), T::of_mut(out));
+        self.pool.install(|| attention::attention(q, k, v, bounds, heads, scale, window, out));
+    }
+
+    fn embed_as<T: Scalar>(table: &Tensor, ids: &[u32], out: &mut Tensor) {
+        let cols = table.cols;
+        for (out, &id) in T::of_mut(out).chunks_exact_mut(cols).zip(ids) {
+            let at = id as usize * cols..(id as usize + 1) * cols;
+            match table.view() {
+                View::Bf16(table) => out.iter_mut().zip(&table[at]).for_each(|(o, x)| *o = T::round(x.get())),
+                View::F32(table) => out.iter_mut().zip(&table[at]).for_each(|(o, x)| *o = T::round(*x)),
+            }
+        }
+    }
+
+    fn quantize_as<E: nvfp4::Element>(
+        &self,
+        w: &[E],
+        global: GlobalScale,
+        codes: &mut [u8],
+        scales: &mut [u8],
+    ) {
+        self.pool.install(|| {
+            w.par_chunks(CHUNK)
+                .zip(codes.par_chunks_mut(CHUNK / 2))
+                .zip(scales.par_chunks_mut(CHUNK / BLOCK))
+                .for_each(|((w, codes), scales)| nvfp4::quantize(w, global, codes, scales));
+        });
+    }
+
+    fn amax_as<E: nvfp4::Element>(&self, w: &[E]) -> f32 {
+        let max = |a: f32, b: f32| if a.is_nan() || a > b { a } else { b };
+        self.pool.install(|| w.par_chunks(CHUNK).map(nvfp4::amax).reduce(|| 0.0, max))
+    }
+}
+
+/// Runs a generic method with the activation type of the compute dtype.
+macro_rules! as_compute {
+    ($self:ident, $method:ident($($arg:expr),*)) => {
+        match $self.compute {
+            Compute::Bf16 => $self.$method::<bf16>($($arg),*),
+            Compute::F32 => $self.$method::<f32>($($arg),*),
+        }
+    };
+}
+
+impl Backend for Cpu {
+    type Tensor = Tensor;
+    type Index = Vec<u32>;
+    type Amax = Vec<f32>;
+
+    fn compute(&self) -> Compute {
+        self.compute
+    }
+
+    fn load(&self, source: &SourceTensor) -> Result<Tensor> {
+        Tensor::from_source(self.compute, source)
+    }
+
+    fn activation(&self, rows: usize, cols: usize) -> Result<Tensor> {
+        Ok(Tensor::zeros(self.compute, rows, cols))
+    }
+
+    fn set_rows(&self, x: &mut Tensor, rows: usize) {
+        assert!(rows <= x.capacity(), "{rows} rows in a matrix of {}", x.capacity());
+        x.rows = rows;
+    }
+
+    fn upload(&self, bytes: &[u8], x: &mut Tensor) -> Result<()> {
+        let place: &mut [u8] = match self.compute {
+            Compute::Bf16 => bytemuck::cast_slice_mut(bf16::of_mut(x)),
+            Compute::F32 => bytemuck::cast_slice_mut(f32::of_mut(x)),
+        };
+        if bytes.len() != place.len() {
+            return Err(Error::run(format!(
+                "a hidden state of {} bytes where {} belong",
+                bytes.len(),
+                place.len()
+            )));
+        }
+        place.copy_from_slice(bytes);
+        Ok(())
+    }
+
+    fn download(&self, x: &Tensor, bytes: &mut Vec<u8>) -> Result<()> {
+        bytes.clear();
+        bytes.extend_from_slice(match x.view() {
+            View::Bf16(x) => bytemuck::cast_slice(x),
+            View::F32(x) => bytemuck::cast_slice(x),
+        });
+        Ok(())
+    }
+
+    fn index(&self, values: &[u32]) -> Result<Vec<u32>> {
+        Ok(values.to_vec())
+    }
+
+    fn constant(&self, values: &[f32], cols: usize) -> Result<Tensor> {
+        Ok(Tensor::from_f32(self.compute, values, cols))
+    }
+
+    fn embed(&self, table: &Tensor, ids: &Vec<u32>, out: &mut Tensor) -> Result<()> {
+        match self.compute {
+            Compute::Bf16 => Cpu::embed_as::<bf16>(table, ids, out),
+            Compute::F32 => Cpu::embed_as::<f32>(table, ids, out),
+        }
+        Ok(())
+    }
+
+    fn rms_norm(&self, x: &Tensor, weight: &Tensor, eps: f32, out: &mut Tensor) -> Result<()> {
+        as_compute!(self, rms_norm_as(x, weight, eps, out));
+        Ok(())
+    }
+
+    fn linear(&self, x: &Tensor, weight: &Tensor, bias: Option<&Tensor>, out: &mut Tensor) -> Result<()> {
+        self.product(x, weight, bias, out);
+        Ok(())
+    }
+
+    fn rope(&self, x: &mut Tensor, dim: usize, cos: &Tensor, sin: &Tensor, rows: &Vec<u32>) -> Result<()> {
+        as_compute!(self, rope_as(x, dim, cos, sin, rows));
+        Ok(())
+    }
+
+    fn attention(
+        &self,
+        q: &Tensor,
+        k: &Tensor,
+        v: &Tensor,
+        bounds: &Vec<u32>,
+        heads: Heads,
+        scale: f32,
+        window: Option<usize>,
+        out: &mut Tensor,
+    ) -> Result<()> {
+        as_compute!(self, attention_as(q, k, v, bounds, heads, scale, window, out));
+        Ok(())
+    }
+
+    fn silu_mul(&self, gate: &mut Tensor, up: &Tensor) -> Result<()> {
+        match self.compute {
+            Compute::Bf16 => self.zip(bf16::of_mut(gate), bf16::of(up), elementwise::silu_mul),
+            Compute::F32 => self.zip(f32::of_mut(gate), f32::of(up), elementwise::silu_mul),
+        }
+        Ok(())
+    }
+
+    fn add(&self, x: &mut Tensor, y: &Tensor) -> Result<()> {
+        match self.compute {
+            Compute::Bf16 => self.zip(bf16::of_mut(x), bf16::of(y), elementwise::add),
+            Compute::F32 => self.zip(f32::of_mut(x), f32::of(y), elementwise::add),
+        }
+        Ok(())
+    }
+
+    fn amax(&self, slots: usize) -> Result<Vec<f32>> {
+        Ok(vec![0.0; slots])
+    }
+
+    fn observe(&self, x: &Tensor, amax: &mut Vec<f32>, slot: usize) -> Result<()> {
+        let seen = self.weight_amax(x)?;
+        if seen.is_nan() || seen > amax[slot] {
+            amax[slot] = seen;
+        }
+        Ok(())
+    }
+
+    fn read_amax(&self, amax: &Vec<f32>) -> Result<Vec<f32>> {
+        Ok(amax.clone())
+    }
+
+    fn weight_amax(&self, weight: &Tensor) -> Result<f32> {
+        Ok(match weight.view() {
+            View::Bf16(w) => self.amax_as(w),
+            View::F32(w) => self.amax_as(w),
+        })
+    }
+
+    fn quantize(
+        &self,
+        weight: &Tensor,
+        global: GlobalScale,
+        codes: &mut [u8],
+        scales: &mut [u8],
+    ) -> Result<()> {
+        match weight.view() {
+            View::Bf16(w) => self.quantize_as(w, global, codes, scales),
+            View::F32(w) => self.quantize_as(w, global, codes, scales),
+        }
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn nan_sticks_to_an_observed_maximum() {
+        let cpu = Cpu::new(Compute::F32, 2).unwrap();
+        let mut amax = cpu.amax(2).unwrap();
+        for values in [[1.0, -3.0], [f32::NAN, 0.0], [5.0, 5.0]] {
+            cpu.observe(&Tensor::from_f32(Compute::F32, &values, 2), &mut amax, 1).unwrap();
+        }
+        assert_eq!(amax[0], 0.0);
+        assert!(amax[1].is_nan());
+    }
+
+    #[test]
+    fn chunked_maxima_keep_nan_wherever_it_is() {
+        let cpu = Cpu::new(Compute::F32, 2).unwrap();
+        for at in [0, CHUNK, 3 * CHUNK - 1] {
+            let mut values = vec![1.0; 3 * CHUNK];
+            values[at] = f32::NAN;
+            assert!(cpu.amax_as(&values).is_nan());
+            values[at] = -7.0;
+            assert_eq!(cpu.amax_as(&values), 7.0);
+        }
+    }
+
+    #[test]
+    fn quantizing_in_parallel_gives_the_bytes_of_one_thread() {
+        let cpu = Cpu::new(Compute::Bf16, 2).unwrap();
+        let values: Vec<f32> =
+            (0..3 * CHUNK + 64).map(|i| ((i * 37 % 1001) as f32 - 500.0) / 333.0).collect();
+        let w = Tensor::from_f32(Compute::Bf16, &values, values.len());
+        let global = GlobalScale::from_amax(cpu.weight_amax(&w).unwrap());
+        let mut here = (vec![0; values.len() / 2], vec![0; values.len() / 16]);
+        let mut there = here.clone();
+        cpu.quantize(&w, global, &mut here.0, &mut here.1).unwrap();
+        nvfp4::quantize(bf16::of(&w), global, &mut there.0, &mut there.1);
+        assert_eq!(here, there);
+    }
+
+    #[test]
+    fn a_linear_adds_its_bias_before_rounding() {
+        let cpu = Cpu::new(Compute::Bf16, 1).unwrap();
+        let x = Tensor::from_f32(Compute::Bf16, &[1.0, 2.0], 2);
+        let w = Tensor::from_f32(Compute::Bf16, &[256.0, 0.5, 1.0, 1.0], 2);
+        let bias = Tensor::from_f32(Compute::Bf16, &[1.0, -3.0], 2);
+        let mut out = Tensor::zeros(Compute::Bf16, 1, 2);
+        cpu.linear(&x, &w, Some(&bias), &mut out).unwrap();
+        assert_eq!(bf16::of(&out).iter().map(|x| x.get()).collect::<Vec<_>>(), [258.0, 0.0]);
+    }
+}

@@ -1,0 +1,182 @@
+//! The life of an output directory: `OUT.partial/` while it is being made, `OUT` in one rename.
+
+use std::fs::{self, File};
+use std::path::{Path, PathBuf};
+
+use super::writer::failed;
+use crate::error::{Error, Result};
+
+/// What to do with what an earlier run left.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Existing {
+    /// Stop.
+    Refuse,
+    /// Go on with an unfinished run.
+    Resume,
+    /// Replace it.
+    Overwrite,
+}
+
+/// An output directory that is not published yet.
+#[derive(Clone, Debug, PartialEq)]
+pub struct OutputDir {
+    /// Where the output will be.
+    pub out: PathBuf,
+    /// Where it is made.
+    pub partial: PathBuf,
+    /// Whether an unfinished run is continued.
+    pub resumed: bool,
+    overwrite: bool,
+}
+
+impl OutputDir {
+    /// Checks the paths and creates `OUT.partial/`, or finds the one to continue.
+    ///
+    /// # Errors
+    /// Exit code 2: OUT exists, lies inside the source or around it, or an unfinished run is in the way;
+    /// 5: the directory can't be created.
+    pub fn prepare(source: &Path, out: &Path, existing: Existing) -> Result<OutputDir> {
+        let out = absolute(out)?;
+        let source = fs::canonicalize(source).unwrap_or_else(|_| source.to_path_buf());
+        if out == source || out.starts_with(&source) || source.starts_with(&out) {
+            return Err(Error::usage("the output and the source overlap")
+                .file(&out)
+                .fix("write to a directory outside of the source"));
+        }
+        if out.exists() && existing != Existing::Overwrite {
+            return Err(Error::usage("the output exists")
+                .file(&out)
+                .fix("choose another name, or use --overwrite"));
+        }
+        let mut name =
+            out.file_name().expect("an absolute path outside of the root has a name").to_os_string();
+        name.push(".partial");
+        let partial = out.with_file_name(name);
+        let resumed = existing == Existing::Resume;
+        match (partial.exists(), existing) {
+            (true, Existing::Refuse) => {
+                return Err(Error::usage("an earlier run did not finish")
+                    .file(&partial)
+                    .fix("continue it with --resume, or start again with --overwrite"));
+            }
+            (false, Existing::Resume) => {
+                return Err(Error::usage("there is no unfinished run to resume")
+                    .file(&partial)
+                    .fix("start without --resume"));
+            }
+            (true, Existing::Overwrite) => {
+                fs::remove_dir_all(&partial).map_err(|e| failed("can't remove", &partial, e))?;
+            }
+            _ => {}
+        }
+        if !resumed {
+            fs::create_dir(&partial).map_err(|e| failed("can't create the output", &partial, e))?;
+        }
+        Ok(OutputDir { out, partial, resumed, overwrite: existing == Existing::Overwrite })
+    }
+
+    /// Removes `scratch` files and makes `OUT` appear, complete, in one rename.
+    ///
+    /// # Errors
+    /// Exit code 5 where the file system refuses.
+    pub fn publish(&self, scratch: &[&str]) -> Result<()> {
+        for name in scratch {
+            let path = self.partial.join(name);
+            if path.exists() {
+                fs::remove_file(&path).map_err(|e| failed("can't remove", &path, e))?;
+            }
+        }
+        sync_dir(&self.partial)?;
+        let mut old = self.out.clone().into_os_string();
+        old.push(".old");
+        let old = PathBuf::from(old);
+        let replaced = self.overwrite && self.out.exists();
+        if replaced {
+            if old.exists() {
+                fs::remove_dir_all(&old).map_err(|e| failed("can't remove", &old, e))?;
+            }
+            fs::rename(&self.out, &old)
+                .map_err(|e| failed("can't move the old output away", &self.out, e))?;
+        }
+        fs::rename(&self.partial, &self.out).map_err(|e| failed("can't publish the output", &self.out, e))?;
+        if replaced {
+            fs::remove_dir_all(&old).map_err(|e| failed("can't remove", &old, e))?;
+        }
+        match self.out.parent() {
+            Some(parent) => sync_dir(parent),
+            None => Ok(()),
+        }
+    }
+}
+
+fn sync_dir(dir: &Path) -> Result<()> {
+    File::open(dir).and_then(|dir| dir.sync_all()).map_err(|e| failed("can't write", dir, e))
+}
+
+/// The path with its parent resolved; the last component need not exist.
+fn absolute(path: &Path) -> Result<PathBuf> {
+    if let Ok(path) = fs::canonicalize(path) {
+        return Ok(path);
+    }
+    let absolute = std::path::absolute(path).map_err(|e| failed("not a usable path", path, e))?;
+    let (Some(parent), Some(name)) = (absolute.parent(), absolute.file_name()) else {
+        return Err(Error::usage("this is not a name for a directory")
+            .file(path)
+            .fix("give a path that ends in a name"));
+    };
+    match fs::canonicalize(parent) {
+        Ok(parent) => Ok(parent.join(name)),
+        Err(_) => Err(Error::usage("the parent directory does not exist").file(path).fix("create it first")),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn dirs() -> (tempfile::TempDir, PathBuf, PathBuf) {
+        let dir = tempfile::tempdir().unwrap();
+        let (source, out) = (dir.path().join("source"), dir.path().join("out"));
+        fs::create_dir(&source).unwrap();
+        (dir, source, out)
+    }
+
+    #[test]
+    fn nothing_looks_finished_before_it_is() {
+        let (_dir, source, out) = dirs();
+        let output = OutputDir::prepare(&source, &out, Existing::Refuse).unwrap();
+        fs::write(output.partial.join("journal"), "x").unwrap();
+        fs::write(output.partial.join("model"), "x").unwrap();
+        assert!(!out.exists());
+        output.publish(&["journal", "nonce"]).unwrap();
+        assert!(out.join("model").exists() && !out.join("journal").exists() && !output.partial.exists());
+    }
+
+    #[test]
+    fn paths_that_make_no_sense_are_refused() {
+        let (dir, source, out) = dirs();
+        let refused =
+            |out: &Path, existing| OutputDir::prepare(&source, out, existing).unwrap_err().to_string();
+        assert!(refused(&source, Existing::Overwrite).contains("overlap"));
+        assert!(refused(&source.join("out"), Existing::Overwrite).contains("overlap"));
+        assert!(refused(dir.path(), Existing::Overwrite).contains("overlap"));
+        assert!(refused(&dir.path().join("no/out"), Existing::Refuse).contains("parent"));
+        assert!(refused(&out, Existing::Resume).contains("no unfinished run"));
+        fs::create_dir(&out).unwrap();
+        assert!(refused(&out, Existing::Refuse).contains("--overwrite"));
+        fs::remove_dir(&out).unwrap();
+        OutputDir::prepare(&source, &out, Existing::Refuse).unwrap();
+        assert!(refused(&out, Existing::Refuse).contains("--resume"));
+    }
+
+    #[test]
+    fn overwriting_replaces_the_old_output_only_when_the_new_one_is_done() {
+        let (_dir, source, out) = dirs();
+        fs::create_dir(&out).unwrap();
+        fs::write(out.join("old"), "x").unwrap();
+        let output = OutputDir::prepare(&source, &out, Existing::Overwrite).unwrap();
+        assert!(out.join("old").exists());
+        output.publish(&[]).unwrap();
+        assert!(out.exists() && !out.join("old").exists());
+    }
+}

@@ -1,0 +1,166 @@
+//! Writing tensors at their planned places.
+
+use std::fs::{File, OpenOptions};
+use std::io;
+use std::os::fd::AsRawFd;
+use std::os::unix::fs::FileExt;
+use std::path::{Path, PathBuf};
+
+use super::placement::{Placement, Slot};
+use crate::error::{Error, Result};
+use crate::units::binary;
+
+/// The open files of an output directory.
+#[derive(Debug)]
+pub struct OutputFiles {
+    placement: Placement,
+    files: Vec<(PathBuf, File)>,
+}
+
+impl OutputFiles {
+    /// Creates the files at their final length, so that a disk that is too small is found before anything
+    /// is computed, and writes their headers.
+    ///
+    /// # Errors
+    /// Exit code 5: no space, no permission.
+    pub fn create(dir: &Path, placement: &Placement) -> Result<OutputFiles> {
+        let output = Self::opened(dir, placement, OpenOptions::new().read(true).write(true).create(true))?;
+        for ((path, file), shard) in output.files.iter().zip(&placement.shards) {
+            reserve(file, shard.bytes).map_err(|e| {
+                let what =
+                    format!("can't reserve {} of {}", binary(shard.bytes), binary(placement.total_bytes()));
+                failed(&what, path, e)
+            })?;
+            file.write_all_at(&shard.header, 0).map_err(|e| failed("can't write", path, e))?;
+        }
+        Ok(output)
+    }
+
+    /// Opens files that another rank or an earlier run created.
+    pub fn open(dir: &Path, placement: &Placement) -> Result<OutputFiles> {
+        Self::opened(dir, placement, OpenOptions::new().read(true).write(true))
+    }
+
+    fn opened(dir: &Path, placement: &Placement, options: &OpenOptions) -> Result<OutputFiles> {
+        let open = |name: &str| {
+            let path = dir.join(name);
+            let file = options.open(&path).map_err(|e| failed("can't open for writing", &path, e))?;
+            Ok((path, file))
+        };
+        let files = placement.shards.iter().map(|shard| open(&shard.file_name)).collect::<Result<_>>()?;
+        Ok(OutputFiles { placement: placement.clone(), files })
+    }
+
+    fn place(&self, name: &str) -> Result<(&Path, &File, Slot)> {
+        let slot = self
+            .placement
+            .slot(name)
+            .ok_or_else(|| Error::run("the tensor has no place in the output").tensor(name))?;
+        let (path, file) = &self.files[slot.shard];
+        Ok((path, file, slot))
+    }
+
+    /// Writes a whole tensor at its place.
+    ///
+    /// # Errors
+    /// Exit code 5: an unknown tensor, a wrong length, a disk that fails.
+    pub fn write(&self, name: &str, bytes: &[u8]) -> Result<()> {
+        let (path, file, slot) = self.place(name)?;
+        if bytes.len() as u64 != slot.bytes {
+            let what = format!("{} bytes for a place of {}", bytes.len(), slot.bytes);
+            return Err(Error::run(what).file(path).tensor(name));
+        }
+        file.write_all_at(bytes, slot.offset).map_err(|e| failed("can't write", path, e).tensor(name))
+    }
+
+    /// Reads a tensor back.
+    pub fn read(&self, name: &str) -> Result<Vec<u8>> {
+        let (path, file, slot) = self.place(name)?;
+        let mut bytes = vec![0; slot.bytes as usize];
+        file.read_exact_at(&mut bytes, slot.offset)
+            .map_err(|e| failed("can't read", path, e).tensor(name))?;
+        Ok(bytes)
+    }
+
+    /// Waits until everything written so far is on the disk.
+    pub fn sync(&self) -> Result<()> {
+        self.files
+            .iter()
+            .try_for_each(|(path, file)| file.sync_all().map_err(|e| failed("can't write", path, e)))
+    }
+}
+
+/// Allocates blocks where the file system can, else only sets the length.
+fn reserve(file: &File, bytes: u64) -> io::Result<()> {
+    file.set_len(bytes)?;
+    // SAFETY: a plain system call on an open descriptor; no memory is involved.
+    match unsafe { libc::posix_fallocate(file.as_raw_fd(), 0, bytes as libc::off_t) } {
+        0 | libc::EOPNOTSUPP | libc::EINVAL | libc::ENOSYS => Ok(()),
+        error => Err(io::Error::from_raw_os_error(error)),
+    }
+}
+
+/// An output error with the remedy that fits it.
+pub(super) fn failed(what: &str, path: &Path, error: io::Error) -> Error {
+    let fix = match error.kind() {
+        io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded => {
+            "free some space, or choose another disk"
+        }
+        io::ErrorKind::PermissionDenied | io::ErrorKind::ReadOnlyFilesystem => {
+            "choose a directory that you may write to"
+        }
+        _ => "check the disk, then use --resume",
+    };
+    Error::run(format!("{what}: {error}")).file(path).fix(fix)
+}
+
+#[cfg(test)]
+mod tests {
+    use safetensors::Dtype;
+    use serde_json::Map;
+
+    use super::super::placement::OutTensor;
+    use super::*;
+
+    fn placement() -> Placement {
+        let tensors = [OutTensor::new("a", Dtype::U8, &[3]), OutTensor::new("b", Dtype::F32, &[2])];
+        Placement::new(&tensors, 4, &Map::new())
+    }
+
+    #[test]
+    fn tensors_come_back_in_any_order_and_from_another_opening() {
+        let dir = tempfile::tempdir().unwrap();
+        let first = OutputFiles::create(dir.path(), &placement()).unwrap();
+        let second = OutputFiles::open(dir.path(), &placement()).unwrap();
+        second.write("b", &[1; 8]).unwrap();
+        first.write("a", &[2; 3]).unwrap();
+        first.sync().unwrap();
+        assert_eq!((first.read("b").unwrap(), second.read("a").unwrap()), (vec![1; 8], vec![2; 3]));
+    }
+
+    #[test]
+    fn creating_again_keeps_what_was_written() {
+        let dir = tempfile::tempdir().unwrap();
+        OutputFiles::create(dir.path(), &placement()).unwrap().write("a", &[7; 3]).unwrap();
+        assert_eq!(OutputFiles::create(dir.path(), &placement()).unwrap().read("a").unwrap(), [7; 3]);
+    }
+
+    #[test]
+    fn wrong_lengths_and_names_are_refused() {
+        let dir = tempfile::tempdir().unwrap();
+        let output = OutputFiles::create(dir.path(), &placement()).unwrap();
+        assert!(output.write("a", &[1; 4]).unwrap_err().to_string().contains("4 bytes for a place of 3"));
+        assert!(output.write("c", &[]).unwrap_err().to_string().contains("no place"));
+    }
+
+    #[test]
+    fn a_full_disk_is_found_at_once() {
+        let dir = tempfile::tempdir().unwrap();
+        // More than any disk holds, in a file whose length the file system still accepts.
+        let tensors = [OutTensor::new("huge", Dtype::U8, &[1 << 43])];
+        let huge = Placement::new(&tensors, u64::MAX, &Map::new());
+        let error = OutputFiles::create(dir.path(), &huge).unwrap_err();
+        assert_eq!(error.exit, crate::error::ExitCode::Run);
+        assert!(error.to_string().contains("model.safetensors"), "{error}");
+    }
+}
