@@ -49,6 +49,7 @@ pub struct Error {
     file: Option<PathBuf>,
     tensor: Option<String>,
     fix: Option<String>,
+    reported: bool,
 }
 
 /// The result of everything that can fail.
@@ -56,7 +57,7 @@ pub type Result<T, E = Error> = std::result::Result<T, E>;
 
 impl Error {
     fn new(exit: ExitCode, what: impl Into<String>) -> Error {
-        Error { exit, what: what.into(), file: None, tensor: None, fix: None }
+        Error { exit, what: what.into(), file: None, tensor: None, fix: None, reported: false }
     }
 
     /// The arguments make no sense (exit code 2).
@@ -86,7 +87,12 @@ impl Error {
 
     /// An error with this code whose text is already complete, as it arrives from another rank.
     pub fn reported(exit: ExitCode, text: impl Into<String>) -> Error {
-        Error::new(exit, text)
+        Error { reported: true, ..Error::new(exit, text) }
+    }
+
+    /// Whether the text came from another rank and already says from which.
+    pub fn is_reported(&self) -> bool {
+        self.reported
     }
 
     /// Names the file that is at fault.

@@ -1,0 +1,174 @@
+//! The main thread's loop while workers compute: messages out, messages in, and an end that every rank
+//! reaches together.
+
+use std::time::{Duration, Instant};
+
+use crossbeam_channel::{Receiver, TryRecvError};
+
+use super::{Cluster, Frame, Idle, Tag};
+use crate::error::{Error, ExitCode, Result};
+
+/// What a worker hands to the main thread.
+pub enum Outgoing {
+    /// A message to a rank (this one included).
+    Message {
+        /// The receiver.
+        peer: usize,
+        /// What it is about.
+        tag: Tag,
+        /// The message.
+        frame: Frame,
+    },
+    /// The worker failed: the whole job ends.
+    Fail(Error),
+}
+
+/// Whether a message could be taken.
+pub enum Pumped {
+    /// It was taken.
+    Taken,
+    /// Not now: it is offered again. Nothing more with its tag is received until then.
+    Later(Frame),
+}
+
+/// Bytes on their way at most, before the worker has to wait.
+const IN_FLIGHT: usize = 256 << 20;
+/// How long a failing rank waits for rank 0 to end the job before it does so itself.
+const PATIENCE: Duration = Duration::from_secs(3);
+
+/// First byte of a head on [`Tag::Root`].
+const MESSAGE: u8 = 0;
+const DONE: u8 = 1;
+const FAIL: u8 = 2;
+
+impl Cluster {
+    /// Sends what `outgoing` yields and hands received messages to `take`, until every rank's channel is
+    /// closed and everything that was sent has been taken.
+    ///
+    /// # Errors
+    /// The error of whichever rank failed; rank 0 gets it with the rank named.
+    pub fn pump(
+        &self,
+        outgoing: &Receiver<Outgoing>,
+        take: &mut dyn FnMut(Tag, usize, Frame) -> Result<Pumped>,
+    ) -> Result<()> {
+        let mut state = Pump { cluster: self, take, waiting: [None, None], done: 0, said_done: false };
+        let mut idle = Idle::new();
+        loop {
+            let mut moved = false;
+            let in_flight = self.transport.as_ref().map_or(0, |transport| transport.progress());
+            if in_flight < IN_FLIGHT {
+                match outgoing.try_recv() {
+                    Ok(Outgoing::Message { peer, tag, frame }) => {
+                        moved = true;
+                        state.send(peer, tag, MESSAGE, frame)?;
+                    }
+                    Ok(Outgoing::Fail(error)) => return Err(state.fail(error)),
+                    Err(TryRecvError::Empty) => {}
+                    Err(TryRecvError::Disconnected) if !state.said_done && in_flight == 0 => {
+                        moved = true;
+                        state.said_done = true;
+                        state.send(0, Tag::Root, DONE, Frame::default())?;
+                    }
+                    Err(TryRecvError::Disconnected) => {}
+                }
+            }
+            moved |= state.receive(Tag::Hidden, 0)?;
+            moved |= state.receive(Tag::Root, 1)?;
+            if state.finished()? {
+                return Ok(());
+            }
+            if moved { idle.reset() } else { idle.wait() }
+        }
+    }
+}
+
+struct Pump<'a> {
+    cluster: &'a Cluster,
+    take: &'a mut dyn FnMut(Tag, usize, Frame) -> Result<Pumped>,
+    /// A message by tag that could not be taken yet.
+    waiting: [Option<(usize, Frame)>; 2],
+    /// Ranks that rank 0 has heard the end of.
+    done: usize,
+    said_done: bool,
+}
+
+impl Pump<'_> {
+    fn send(&mut self, peer: usize, tag: Tag, kind: u8, mut frame: Frame) -> Result<()> {
+        frame.head.insert(0, kind);
+        match &self.cluster.transport {
+            Some(transport) if peer != self.cluster.rank => {
+                transport.send(peer, tag, frame);
+                Ok(())
+            }
+            _ => self.accept(tag, peer, frame, usize::from(tag == Tag::Root)).map(|_| ()),
+        }
+    }
+
+    /// Receives at most one message; whether anything happened.
+    fn receive(&mut self, tag: Tag, slot: usize) -> Result<bool> {
+        if let Some((peer, frame)) = self.waiting[slot].take() {
+            return self.offer(tag, peer, frame, slot);
+        }
+        match self.cluster.transport.as_ref().and_then(|transport| transport.poll(tag)) {
+            Some((peer, frame)) => self.accept(tag, peer, frame, slot),
+            None => Ok(false),
+        }
+    }
+
+    fn accept(&mut self, tag: Tag, peer: usize, mut frame: Frame, slot: usize) -> Result<bool> {
+        match frame.head.remove(0) {
+            DONE => self.done += 1,
+            FAIL => {
+                let (code, text): (i32, String) = serde_json::from_slice(&frame.body)
+                    .map_err(|e| Error::run(format!("rank {peer} failed and can't say why: {e}")))?;
+                return Err(Error::reported(ExitCode::from_number(code), text));
+            }
+            _ => return self.offer(tag, peer, frame, slot),
+        }
+        Ok(true)
+    }
+
+    fn offer(&mut self, tag: Tag, peer: usize, frame: Frame, slot: usize) -> Result<bool> {
+        match (self.take)(tag, peer, frame)? {
+            Pumped::Taken => Ok(true),
+            Pumped::Later(frame) => {
+                self.waiting[slot] = Some((peer, frame));
+                Ok(false)
+            }
+        }
+    }
+
+    /// Whether every rank has reached the end. Rank 0 hears it from all, then tells all.
+    fn finished(&mut self) -> Result<bool> {
+        let cluster = self.cluster;
+        if !cluster.is_root() {
+            return Ok(cluster.transport.as_ref().is_some_and(|t| t.poll(Tag::Stop).is_some()));
+        }
+        if self.done < cluster.size || self.waiting.iter().any(Option::is_some) {
+            return Ok(false);
+        }
+        if let Some(transport) = &cluster.transport {
+            (1..cluster.size).for_each(|peer| transport.send(peer, Tag::Stop, Frame::default()));
+            while transport.progress() > 0 {
+                std::thread::yield_now();
+            }
+        }
+        Ok(true)
+    }
+
+    /// Reports this rank's failure to rank 0 and gives it time to end the job, so that it is told once.
+    fn fail(&mut self, error: Error) -> Error {
+        if let (Some(transport), false) = (&self.cluster.transport, self.cluster.is_root()) {
+            let text = self.cluster.place(&error.to_string());
+            let body = serde_json::to_vec(&(error.exit as i32, text)).expect("plain data");
+            transport.send(0, Tag::Root, Frame { head: vec![FAIL], body });
+            let started = Instant::now();
+            while started.elapsed() < PATIENCE {
+                transport.progress();
+                std::thread::sleep(Duration::from_millis(1));
+            }
+        }
+        error
+    }
+}
