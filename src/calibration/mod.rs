@@ -1,1 +1,11 @@
-//! Text in, token batches out; what is observed of activations.
+//! Text in, token batches out.
+
+mod batches;
+mod documents;
+mod select;
+mod template;
+mod tokenize;
+
+pub use batches::{MicroBatch, micro_batches};
+pub use documents::Source;
+pub use select::{CalibOptions, Calibration, Summary};
