@@ -1,2 +1,47 @@
-//! The distq command.
-fn main() {}
+//! The distq command: the same on every rank.
+
+mod cli;
+
+use std::io::Write;
+use std::process::ExitCode;
+
+use clap::Parser;
+use distq::cluster::{Cluster, launch};
+
+fn main() -> ExitCode {
+    let cli = match cli::Cli::try_parse() {
+        Ok(cli) => cli,
+        Err(error) => {
+            // Every rank finds the same fault in the same arguments; one says so.
+            if launch().is_none_or(|launch| launch.rank == 0) {
+                let _ = error.print();
+            }
+            return ExitCode::from(error.exit_code() as u8);
+        }
+    };
+    let cluster = match Cluster::start() {
+        Ok(cluster) => cluster,
+        Err(error) => {
+            let _ = writeln!(std::io::stderr(), "distq: {error}");
+            return ExitCode::from(error.exit as u8);
+        }
+    };
+    log(&cli, &cluster);
+    let result = cli.run(&cluster);
+    ExitCode::from(cluster.conclude(result) as u8)
+}
+
+/// Logs to standard error, naming rank and host where there are several.
+fn log(cli: &cli::Cli, cluster: &Cluster) {
+    tracing_subscriber::fmt()
+        .with_max_level(cli.level())
+        .with_writer(std::io::stderr)
+        .with_target(false)
+        .without_time()
+        .init();
+    if cluster.size() > 1 {
+        let span = tracing::info_span!("rank", rank = cluster.rank(), host = cluster.host());
+        // Entered for as long as the process lives.
+        std::mem::forget(span.entered());
+    }
+}

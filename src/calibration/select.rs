@@ -201,7 +201,7 @@ mod tests {
     fn a_seed_shuffles_and_repeats_itself() {
         let all = |seed| load(LINES, |o| (o.samples, o.min_tokens, o.seed) = (4, 1, seed)).unwrap();
         assert_eq!(all(0).summary.documents, [0, 1, 2, 3]);
-        assert_eq!(all(7), all(7));
+        assert_eq!(all(7).summary.digest, all(7).summary.digest);
         let mut sorted = all(7).summary.documents;
         sorted.sort();
         assert_eq!(sorted, [0, 1, 2, 3]);

@@ -4,7 +4,8 @@ use std::fs::File;
 use std::os::unix::fs::FileExt;
 use std::path::Path;
 
-use safetensors::{Dtype, SafeTensors};
+use safetensors::Dtype;
+use safetensors::tensor::Metadata;
 
 use crate::error::{Error, Result};
 
@@ -58,10 +59,8 @@ pub fn read_header(file: &File, path: &Path) -> Result<Header> {
     }
     let mut buffer = vec![0; size as usize + 8];
     file.read_exact_at(&mut buffer, 0).map_err(|e| broken(format!("can't read the header: {e}")))?;
-    // The library checks names, dtypes, shapes, and that the data has neither holes nor overlaps.
-    let (_, metadata) =
-        SafeTensors::read_metadata(&buffer).map_err(|e| broken(format!("bad header: {e}")))?;
-    let start = size + 8;
+    let metadata: Metadata =
+        serde_json::from_slice(&buffer[8..]).map_err(|e| broken(format!("the header is not valid: {e}")))?;
     let mut tensors: Vec<HeaderTensor> = metadata
         .tensors()
         .into_iter()
@@ -69,21 +68,35 @@ pub fn read_header(file: &File, path: &Path) -> Result<Header> {
             name,
             dtype: info.dtype,
             shape: info.shape.clone(),
-            offset: start + info.data_offsets.0 as u64,
-            bytes: (info.data_offsets.1 - info.data_offsets.0) as u64,
+            offset: size + 8 + info.data_offsets.0 as u64,
+            bytes: info.data_offsets.1.saturating_sub(info.data_offsets.0) as u64,
         })
         .collect();
     tensors.sort_by_key(|tensor| (tensor.offset, tensor.bytes));
-    let end = tensors.last().map_or(start, |tensor| tensor.offset + tensor.bytes);
+    let mut end = size + 8;
+    for tensor in &tensors {
+        let needed = tensor
+            .shape
+            .iter()
+            .try_fold(tensor.dtype.bitsize() as u64, |bits, &n| bits.checked_mul(n as u64));
+        if needed != tensor.bytes.checked_mul(8) {
+            let what = format!("{} bytes do not hold {:?} of {:?}", tensor.bytes, tensor.dtype, tensor.shape);
+            return Err(broken(what).tensor(&tensor.name));
+        }
+        if tensor.offset != end {
+            return Err(broken("the data of two tensors overlap, or there is a hole between them".into())
+                .tensor(&tensor.name));
+        }
+        end += tensor.bytes;
+        if end > file_bytes {
+            let what = format!("the file is truncated: it has {file_bytes} bytes, the tensor ends at {end}");
+            return Err(broken(what).tensor(&tensor.name));
+        }
+    }
     if end != file_bytes {
-        let last = tensors.iter().find(|tensor| tensor.offset + tensor.bytes > file_bytes);
-        let kind = if end > file_bytes { "truncated" } else { "oversized" };
-        let error =
-            broken(format!("the file is {kind}: it has {file_bytes} bytes, its header describes {end}"));
-        return Err(match last {
-            Some(tensor) => error.tensor(&tensor.name),
-            None => error,
-        });
+        return Err(broken(format!(
+            "the file is oversized: it has {file_bytes} bytes, its header describes {end}"
+        )));
     }
     Ok(Header { tensors, metadata: metadata.metadata().clone().unwrap_or_default(), file_bytes })
 }

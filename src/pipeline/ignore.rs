@@ -47,7 +47,8 @@ fn expression(pattern: &str) -> Result<Regex> {
         None => format!("^{}$", regex::escape(pattern).replace(r"\*", ".*")),
     };
     Regex::new(&source).map_err(|error| {
-        Error::usage(format!("--ignore {pattern:?}: {error}")).fix("write a valid regular expression after re:")
+        Error::usage(format!("--ignore {pattern:?}: {error}"))
+            .fix("write a valid regular expression after re:")
     })
 }
 

@@ -5,6 +5,7 @@ use std::collections::BTreeSet;
 
 use safetensors::Dtype;
 
+use super::journal::PartId;
 use crate::backend::Compute;
 use crate::checkpoint::{Checkpoint, Layout, OutTensor, Scheme};
 use crate::error::{Error, Result};
@@ -74,11 +75,22 @@ impl Inventory {
             .collect::<Result<Vec<_>>>()?;
         let tail = builder.part(&model.tail_tensors(), &[])?;
         builder.nothing_left_over(model)?;
-        let all_bf16 = builder.seen.iter().filter_map(|name| checkpoint.tensors.get(name)).all(|entry| {
-            entry.shape.len() < 2 || entry.dtype == Dtype::BF16
-        });
+        let all_bf16 = builder
+            .seen
+            .iter()
+            .filter_map(|name| checkpoint.tensors.get(name))
+            .all(|entry| entry.shape.len() < 2 || entry.dtype == Dtype::BF16);
         let compute = if all_bf16 { Compute::Bf16 } else { Compute::F32 };
         Ok(Inventory { head, layers, tail, ignored: ignored.into_iter().collect(), compute })
+    }
+
+    /// The tensors of a part.
+    pub fn part(&self, part: PartId) -> &Part {
+        match part {
+            PartId::Head => &self.head,
+            PartId::Layer(layer) => &self.layers[layer],
+            PartId::Tail => &self.tail,
+        }
     }
 
     /// Every output tensor in model order.
@@ -156,10 +168,13 @@ impl Builder<'_> {
         let entry = self.checkpoint.entry(&spec.name)?;
         let file = &self.checkpoint.files[entry.file];
         if entry.shape != spec.shape {
-            return Err(Error::input(format!("the shape is {:?}, config.json says {:?}", entry.shape, spec.shape))
-                .file(file)
-                .tensor(&spec.name)
-                .fix("use the config.json that belongs to these weights"));
+            return Err(Error::input(format!(
+                "the shape is {:?}, config.json says {:?}",
+                entry.shape, spec.shape
+            ))
+            .file(file)
+            .tensor(&spec.name)
+            .fix("use the config.json that belongs to these weights"));
         }
         if !matches!(entry.dtype, Dtype::BF16 | Dtype::F16 | Dtype::F32) {
             return Err(Error::input(format!("the dtype is {:?}", entry.dtype))
@@ -174,9 +189,11 @@ impl Builder<'_> {
     /// Tensors that the model does not have would be lost without a word. Rotary frequencies, which old
     /// exports stored although every loader computes them, are the exception.
     fn nothing_left_over(&self, model: &ModelConfig) -> Result<()> {
-        let unknown = self.checkpoint.tensors.iter().find(|(name, _)| {
-            !self.seen.contains(*name) && !name.ends_with("rotary_emb.inv_freq")
-        });
+        let unknown = self
+            .checkpoint
+            .tensors
+            .iter()
+            .find(|(name, _)| !self.seen.contains(*name) && !name.ends_with("rotary_emb.inv_freq"));
         match unknown {
             None => Ok(()),
             Some((name, entry)) => {

@@ -40,11 +40,7 @@ impl Job {
 
     /// The tensors of a part.
     pub fn part(&self, part: PartId) -> &Part {
-        match part {
-            PartId::Head => &self.inventory.head,
-            PartId::Layer(layer) => &self.inventory.layers[layer],
-            PartId::Tail => &self.inventory.tail,
-        }
+        self.inventory.part(part)
     }
 
     /// The token ids of a micro-batch.

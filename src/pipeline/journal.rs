@@ -4,7 +4,7 @@
 //! [`Fingerprint`]; each further line is a finished [`PartRecord`]. A line that a crash cut short is
 //! ignored, so the part before it is simply done again.
 
-use std::fs::{File, OpenOptions};
+use std::fs::File;
 use std::io::Write;
 use std::path::{Path, PathBuf};
 
@@ -112,7 +112,8 @@ impl Journal {
                 .file(&path)
                 .fix("repeat the run with what it was started with, or start again with --overwrite"));
         }
-        let records = lines.map_while(|line| serde_json::from_str::<PartRecord>(line).ok()).collect::<Vec<_>>();
+        let records =
+            lines.map_while(|line| serde_json::from_str::<PartRecord>(line).ok()).collect::<Vec<_>>();
         // Rewritten rather than appended to: a line that was cut short must not swallow the next one.
         let mut journal = Journal::create(dir, fingerprint)?;
         for record in &records {
@@ -134,13 +135,10 @@ impl Journal {
     }
 }
 
-/// Whether an interrupted run left a journal in `dir`.
-pub fn exists(dir: &Path) -> bool {
-    OpenOptions::new().read(true).open(dir.join(JOURNAL)).is_ok()
-}
-
 fn failed(what: &str, path: &Path, error: std::io::Error) -> Error {
-    Error::run(format!("{what}: {error}")).file(path).fix("check the disk and the permissions, then use --resume")
+    Error::run(format!("{what}: {error}"))
+        .file(path)
+        .fix("check the disk and the permissions, then use --resume")
 }
 
 #[cfg(test)]

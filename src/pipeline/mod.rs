@@ -1,1 +1,19 @@
-//! The schedule: which layer on which micro-batch when, prefetch, overlap, journal.
+//! The schedule: which layer on which micro-batch when, from a source directory to a published output.
+//! Knows ranks, parts and the journal; not how numbers are chosen.
+
+mod finish;
+mod ignore;
+mod inventory;
+mod job;
+mod journal;
+mod messages;
+mod placing;
+mod quantize;
+mod root;
+mod stage;
+mod survey;
+
+pub use inventory::{Inventory, Part};
+pub use journal::{GroupRecord, PartId, PartRecord};
+pub use quantize::{Options, quantize};
+pub use survey::{PlanOptions, Survey, survey};

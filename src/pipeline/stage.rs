@@ -91,14 +91,14 @@ impl<B: Backend> Stage<'_, B> {
             waited += self.fill(first, group, &mut states)?;
             for layer in layers.clone() {
                 if layer + 1 < layers.end {
-                    job.checkpoint.prefetch(job.model.layer_tensors(layer + 1).iter().map(|t| t.name.as_str()));
+                    job.checkpoint
+                        .prefetch(job.model.layer_tensors(layer + 1).iter().map(|t| t.name.as_str()));
                 }
                 let weights = self.load(layer)?;
                 let slot = (layer - layers.start) * Site::ALL.len();
                 for (i, batch) in group.iter().enumerate() {
-                    let mut observe = |site: Site, x: &B::Tensor| {
-                        self.backend.observe(x, &mut amax, slot + site as usize)
-                    };
+                    let mut observe =
+                        |site: Site, x: &B::Tensor| self.backend.observe(x, &mut amax, slot + site as usize);
                     decoder.layer(&weights, batch, &mut work, &mut states[i], &mut observe)?;
                     self.outbox.event(Event::Walked { layer })?;
                     if passes_on && layer + 1 == layers.end {

@@ -1,1 +1,19 @@
-//! What people see: progress, health, tables, JSON.
+//! What people see: the plan, progress, the closing table, JSON. The only room that prints results.
+
+mod inspect;
+mod phases;
+mod progress;
+mod run;
+
+pub use inspect::{Inspection, inspect};
+pub use phases::Phases;
+pub use progress::Progress;
+pub use run::{Health, RankReport, RunReport, Seconds};
+
+use std::fmt::Display;
+
+/// Prints a result on standard output. Rank 0 calls it, once for each thing.
+#[allow(clippy::print_stdout)]
+pub fn print(what: &impl Display) {
+    println!("{what}");
+}

@@ -52,15 +52,23 @@ impl Progress {
             self.plain = Some(Plain { last: Instant::now() });
             let (done, seconds) = (self.bar.position(), self.started.elapsed().as_secs_f64());
             let left = seconds / done as f64 * (self.total - done) as f64;
-            tracing::info!("{done}/{} layer passes, about {} left, {}", self.total, duration(left), self.stages());
+            tracing::info!(
+                "{done}/{} layer passes, about {} left, {}",
+                self.total,
+                duration(left),
+                self.stages()
+            );
         } else if !self.bar.is_hidden() {
             self.bar.set_message(self.stages());
         }
     }
 
     fn stages(&self) -> String {
-        let stages: Vec<String> =
-            self.reached.iter().map(|(rank, layer, end)| format!("rank {rank}: layer {layer} of ..{end}")).collect();
+        let stages: Vec<String> = self
+            .reached
+            .iter()
+            .map(|(rank, layer, end)| format!("rank {rank}: layer {layer} of ..{end}"))
+            .collect();
         stages.join("  ")
     }
 

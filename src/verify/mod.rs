@@ -1,1 +1,129 @@
-//! Proof of an output directory: the rules a loader relies on, and the distance to the source.
+//! Proof of an output directory: the rules that loaders rely on, and the distance to the source.
+//!
+//! Everything is read again from disk; nothing that the writer believed is taken over. The rules are named
+//! as users find them in the report: A1 to A18 (compressed-tensors, most of them shared), B1 to B8
+//! (ModelOpt), S1 to S4 (against the source).
+
+mod config_rules;
+mod file_rules;
+mod report;
+mod scale_rules;
+mod scan;
+mod scheme;
+mod source_rules;
+mod subject;
+mod tensor_rules;
+#[cfg(test)]
+mod tests;
+
+use std::path::Path;
+
+pub use report::{Level, Report, RuleResult, Summary, TensorError};
+
+use crate::checkpoint::Layout;
+use crate::error::Result;
+use subject::Subject;
+
+/// Findings of one rule.
+#[derive(Debug, Default)]
+struct Findings {
+    level: Option<Level>,
+    texts: Vec<String>,
+}
+
+impl Findings {
+    fn error(&mut self, text: impl Into<String>) {
+        self.level = Some(Level::Error);
+        self.texts.push(text.into());
+    }
+
+    fn warn(&mut self, text: impl Into<String>) {
+        self.level = self.level.max(Some(Level::Warning));
+        self.texts.push(text.into());
+    }
+}
+
+/// A rule: its name, what it asks for, what it needs to be judged, and the check.
+struct Rule {
+    id: &'static str,
+    title: &'static str,
+    concerns: Concerns,
+    check: fn(&Subject, &mut Findings),
+}
+
+/// When a rule is judged.
+#[derive(Clone, Copy, PartialEq)]
+enum Concerns {
+    /// Always.
+    Directory,
+    /// The configuration is readable and declares this layout.
+    Config(Option<Layout>),
+    /// The configuration is sound, every file is intact, and the layout is this one.
+    Tensors(Option<Layout>),
+    /// As before, and every linear has its tensors in the right dtype and shape.
+    Values(Option<Layout>),
+    /// As before, and a source is given.
+    Source,
+}
+
+/// How many findings of a rule are listed.
+const LISTED: usize = 5;
+
+/// Verifies `dir`, against the checkpoint in `source` where one is given.
+///
+/// # Errors
+/// Exit code 3 where `source` can't be opened. What is wrong with `dir` is in the report.
+pub fn verify(dir: &Path, source: Option<&Path>) -> Result<Report> {
+    let mut subject = Subject::open(dir, source)?;
+    let mut results = vec![];
+    for stage in [file_rules::RULES, config_rules::RULES, tensor_rules::RULES] {
+        judge(&subject, stage, &mut results);
+    }
+    if sound(&results, &["A3", "A4", "A5", "A10", "B3"]) && readable(&subject, &results) {
+        subject.scan();
+    }
+    for stage in [scale_rules::RULES, source_rules::RULES] {
+        judge(&subject, stage, &mut results);
+    }
+    results.sort_by_key(|rule: &RuleResult| (rule.id.as_bytes()[0], rule.id[1..].parse().unwrap_or(0u8)));
+    Ok(Report::new(subject.layout, results, subject.errors()))
+}
+
+fn judge(subject: &Subject, rules: &[Rule], results: &mut Vec<RuleResult>) {
+    for rule in rules {
+        let mut findings = Findings::default();
+        let judged = match rule.concerns {
+            Concerns::Directory => true,
+            Concerns::Config(layout) => subject.config.is_ok() && subject.has_layout(layout),
+            Concerns::Tensors(layout) => readable(subject, results) && subject.has_layout(layout),
+            Concerns::Values(layout) => subject.scanned && subject.has_layout(layout),
+            Concerns::Source => subject.scanned && subject.source.is_some(),
+        };
+        if judged {
+            (rule.check)(subject, &mut findings);
+        }
+        results.push(RuleResult {
+            id: rule.id,
+            title: rule.title,
+            level: match findings.level {
+                _ if !judged => Level::NotApplicable,
+                None => Level::Pass,
+                Some(level) => level,
+            },
+            count: findings.texts.len(),
+            findings: findings.texts.into_iter().take(LISTED).collect(),
+        });
+    }
+}
+
+/// Whether headers and configuration are good enough to look at tensors.
+fn readable(subject: &Subject, results: &[RuleResult]) -> bool {
+    subject.config.is_ok()
+        && subject.model.is_ok()
+        && subject.layout.is_some()
+        && sound(results, &["A1", "A2", "A13", "B1"])
+}
+
+fn sound(results: &[RuleResult], ids: &[&str]) -> bool {
+    !results.iter().any(|rule| ids.contains(&rule.id) && rule.level == Level::Error)
+}

@@ -1,0 +1,70 @@
+//! Arguments, and which run to start. A file a subcommand.
+
+mod inspect;
+mod plan;
+mod quantize;
+mod verify;
+
+use clap::{Parser, Subcommand};
+
+use distq::cluster::Cluster;
+use distq::error::Result;
+
+/// Quantizes large language models to NVFP4 over any mix of machines.
+///
+/// Start it alone, with mpirun or with Slurm: `mpirun -np 3 --hostfile hosts distq quantize MODEL OUT`.
+#[derive(Parser)]
+#[command(name = "distq", version, max_term_width = 110)]
+pub struct Cli {
+    #[command(subcommand)]
+    command: Command,
+    /// Log more (-v: what each rank decides, -vv: every step).
+    #[arg(short, long, global = true, action = clap::ArgAction::Count)]
+    verbose: u8,
+    /// Print nothing but errors and results that were asked for.
+    #[arg(short, long, global = true)]
+    quiet: bool,
+}
+
+#[derive(Subcommand)]
+enum Command {
+    /// Quantize a checkpoint.
+    Quantize(Box<quantize::Args>),
+    /// Show who would own which layers, and what it would cost.
+    Plan(plan::Args),
+    /// Say what a directory is.
+    Inspect(inspect::Args),
+    /// Prove that a quantized checkpoint is what loaders expect.
+    Verify(verify::Args),
+}
+
+impl Cli {
+    /// The log level that the flags ask for.
+    pub fn level(&self) -> tracing::Level {
+        match (self.quiet, self.verbose) {
+            (true, _) => tracing::Level::ERROR,
+            (false, 0) => tracing::Level::INFO,
+            (false, 1) => tracing::Level::DEBUG,
+            (false, _) => tracing::Level::TRACE,
+        }
+    }
+
+    /// Runs the subcommand on this rank.
+    pub fn run(&self, cluster: &Cluster) -> Result<()> {
+        match &self.command {
+            Command::Quantize(args) => quantize::run(args, self.quiet, cluster),
+            Command::Plan(args) => plan::run(args, cluster),
+            Command::Inspect(args) => inspect::run(args, cluster),
+            Command::Verify(args) => verify::run(args, cluster),
+        }
+    }
+}
+
+/// Prints a value on rank 0: as JSON where asked for, as a table otherwise.
+fn show<T: serde::Serialize + std::fmt::Display>(value: &T, json: bool) {
+    if json {
+        distq::report::print(&serde_json::to_string_pretty(value).expect("reports are plain data"));
+    } else {
+        distq::report::print(value);
+    }
+}

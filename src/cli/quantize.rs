@@ -1,0 +1,141 @@
+//! `distq quantize`
+
+use std::path::PathBuf;
+
+use distq::calibration::{CalibOptions, Source};
+use distq::checkpoint::{Existing, Layout, Scheme};
+use distq::cluster::Cluster;
+use distq::error::{Error, Result};
+use distq::methods::Method;
+use distq::pipeline::{self, PlanOptions};
+use distq::units::parse_bytes;
+
+/// How a checkpoint is split over ranks; shared with `distq plan`.
+#[derive(clap::Args)]
+pub struct PlanArgs {
+    /// Source: a Hugging Face directory in BF16, F16 or F32.
+    pub model: PathBuf,
+    /// Layout of the output: compressed-tensors or modelopt.
+    #[arg(long, default_value = "compressed-tensors")]
+    pub layout: Layout,
+    /// What is quantized: nvfp4 (weights and activations) or nvfp4a16 (weights only).
+    #[arg(long, default_value = "nvfp4")]
+    pub scheme: Scheme,
+    /// Leave these modules in their dtype: full names with `*` for any part, or re:EXPRESSION. Repeatable.
+    #[arg(long, value_name = "PATTERN")]
+    pub ignore: Vec<String>,
+    /// Layers by rank, e.g. 41,41,6. Default: what the planner finds.
+    #[arg(long, value_delimiter = ',', value_name = "N,N,...")]
+    pub layers_per_rank: Option<Vec<usize>>,
+    /// Memory by rank, or one value for all, e.g. 118GiB,115GiB,22GiB. Default: what each host has.
+    #[arg(long, value_delimiter = ',', value_parser = parse_bytes, value_name = "SIZE,...")]
+    pub memory_per_rank: Vec<u64>,
+}
+
+impl PlanArgs {
+    /// As the pipeline takes them.
+    pub fn options(&self) -> PlanOptions {
+        PlanOptions {
+            model: self.model.clone(),
+            layout: self.layout,
+            scheme: self.scheme,
+            ignore: self.ignore.clone(),
+            layers_per_rank: self.layers_per_rank.clone(),
+            memory_per_rank: self.memory_per_rank.clone(),
+        }
+    }
+}
+
+/// Which documents calibrate; shared with `distq plan`.
+#[derive(clap::Args)]
+pub struct CalibArgs {
+    /// Calibration documents: a .jsonl, .txt or .parquet file, or builtin.
+    #[arg(long, default_value = "builtin", value_name = "FILE|builtin")]
+    pub calib: Source,
+    /// Documents to use.
+    #[arg(long, default_value_t = 256, value_name = "N", value_parser = clap::value_parser!(u64).range(1..))]
+    pub calib_samples: u64,
+    /// Skip documents with fewer tokens.
+    #[arg(long, default_value_t = 150, value_name = "N")]
+    pub calib_min_tokens: usize,
+    /// Cut documents with more tokens.
+    #[arg(long, default_value_t = 1200, value_name = "N")]
+    pub calib_max_tokens: usize,
+    /// 0 takes documents in their order, any other number shuffles them.
+    #[arg(long, default_value_t = 0, value_name = "N")]
+    pub seed: u64,
+}
+
+impl CalibArgs {
+    /// As the calibration room takes them.
+    pub fn options(&self) -> Result<CalibOptions> {
+        if self.calib_max_tokens < self.calib_min_tokens.max(1) {
+            return Err(Error::usage(format!(
+                "--calib-max-tokens {} is less than --calib-min-tokens {}",
+                self.calib_max_tokens, self.calib_min_tokens
+            ))
+            .fix("raise the one or lower the other"));
+        }
+        Ok(CalibOptions {
+            source: self.calib.clone(),
+            samples: self.calib_samples as usize,
+            min_tokens: self.calib_min_tokens,
+            max_tokens: self.calib_max_tokens,
+            seed: self.seed,
+        })
+    }
+}
+
+/// Arguments of `distq quantize`.
+#[derive(clap::Args)]
+pub struct Args {
+    #[command(flatten)]
+    plan: PlanArgs,
+    /// Output directory; appears only when it is complete and proven.
+    out: PathBuf,
+    /// How codes and scales are chosen: max.
+    #[arg(long, default_value = "max", value_name = "NAME")]
+    method: Method,
+    #[command(flatten)]
+    calib: CalibArgs,
+    /// Where to compute: auto or cpu.
+    #[arg(long, default_value = "auto", value_parser = ["auto", "cpu"])]
+    device: String,
+    /// Largest output file.
+    #[arg(long, default_value = "5GB", value_parser = parse_bytes, value_name = "SIZE")]
+    max_shard_size: u64,
+    /// Send every tensor through rank 0, even where ranks could write in place.
+    #[arg(long)]
+    gather: bool,
+    /// Continue an unfinished run.
+    #[arg(long, conflicts_with = "overwrite")]
+    resume: bool,
+    /// Replace OUT and whatever an unfinished run left.
+    #[arg(long)]
+    overwrite: bool,
+    /// Write a report as JSON.
+    #[arg(long, value_name = "FILE.json")]
+    report: Option<PathBuf>,
+}
+
+/// Runs it.
+pub fn run(args: &Args, quiet: bool, cluster: &Cluster) -> Result<()> {
+    let existing = match (args.resume, args.overwrite) {
+        (true, _) => Existing::Resume,
+        (_, true) => Existing::Overwrite,
+        _ => Existing::Refuse,
+    };
+    let calib = cluster.agree(args.calib.options())?;
+    let options = pipeline::Options {
+        plan: args.plan.options(),
+        out: args.out.clone(),
+        method: args.method,
+        calib,
+        max_shard: args.max_shard_size,
+        existing,
+        gather: args.gather,
+        report: args.report.clone(),
+        quiet,
+    };
+    pipeline::quantize(cluster, &options)
+}

@@ -1,0 +1,91 @@
+//! What ranks tell each other while they work.
+
+use crossbeam_channel::Sender;
+
+use super::journal::PartRecord;
+use crate::cluster::{Frame, Outgoing, Tag};
+use crate::error::{Error, Result};
+
+/// Hidden states of one micro-batch.
+pub struct Hidden {
+    /// Which one.
+    pub micro_batch: usize,
+    /// `[tokens, hidden]` in the compute dtype.
+    pub bytes: Vec<u8>,
+}
+
+/// What rank 0 hears from the stages.
+#[derive(Clone, Debug, PartialEq, serde::Serialize, serde::Deserialize)]
+pub enum Event {
+    /// A micro-batch has passed a layer.
+    Walked {
+        /// The layer.
+        layer: usize,
+    },
+    /// A part is at its place, or all its tensors are on their way to rank 0.
+    Finished(PartRecord),
+}
+
+/// The head of a message to rank 0.
+#[derive(Clone, Debug, PartialEq, serde::Serialize, serde::Deserialize)]
+pub enum ToRoot {
+    /// Something happened.
+    Event(Event),
+    /// The body is an output tensor.
+    Tensor {
+        /// Its name.
+        name: String,
+        /// blake3 of the body.
+        digest: String,
+    },
+}
+
+/// A stage's way out: to the next stage and to rank 0, over the main thread.
+#[derive(Clone)]
+pub struct Outbox {
+    sender: Sender<Outgoing>,
+    next: Option<usize>,
+}
+
+impl Outbox {
+    /// An outbox whose hidden states go to rank `next`.
+    pub fn new(sender: Sender<Outgoing>, next: Option<usize>) -> Outbox {
+        Outbox { sender, next }
+    }
+
+    /// Tells rank 0.
+    pub fn event(&self, event: Event) -> Result<()> {
+        self.send(0, Tag::Root, Frame { head: head(&ToRoot::Event(event)), body: vec![] })
+    }
+
+    /// Hands an output tensor to rank 0.
+    pub fn tensor(&self, name: &str, bytes: Vec<u8>) -> Result<()> {
+        let digest = blake3::hash(&bytes).to_hex().to_string();
+        let head = head(&ToRoot::Tensor { name: name.to_string(), digest });
+        self.send(0, Tag::Root, Frame { head, body: bytes })
+    }
+
+    /// Passes a micro-batch's hidden states on.
+    pub fn hidden(&self, micro_batch: usize, bytes: Vec<u8>) -> Result<()> {
+        let peer = self.next.ok_or_else(|| Error::run("there is no stage behind this one"))?;
+        self.send(peer, Tag::Hidden, Frame { head: micro_batch.to_le_bytes().to_vec(), body: bytes })
+    }
+
+    fn send(&self, peer: usize, tag: Tag, frame: Frame) -> Result<()> {
+        // The main thread keeps the receiver until this worker has ended, unless the job is failing.
+        let sent = self.sender.send(Outgoing::Message { peer, tag, frame });
+        sent.map_err(|_| Error::run("the job is ending because of another failure"))
+    }
+}
+
+impl Hidden {
+    /// Reads what [`Outbox::hidden`] sent.
+    pub fn from_frame(frame: Frame) -> Hidden {
+        let number = frame.head.try_into().expect("the head of hidden states is a number");
+        Hidden { micro_batch: usize::from_le_bytes(number), bytes: frame.body }
+    }
+}
+
+fn head(message: &ToRoot) -> Vec<u8> {
+    serde_json::to_vec(message).expect("messages are plain data")
+}

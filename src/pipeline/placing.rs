@@ -1,0 +1,137 @@
+//! The output before the first layer: files at their final length, the journal, and which ranks see them.
+
+use std::collections::HashSet;
+use std::path::{Path, PathBuf};
+
+use serde_json::{Map, json};
+
+use super::inventory::Inventory;
+use super::journal::{Fingerprint, JOURNAL, Journal, PartId, PartRecord};
+use crate::checkpoint::{Existing, OutTensor, OutputDir, OutputFiles, Placement};
+use crate::cluster::Cluster;
+use crate::error::{Error, Result};
+use crate::methods::Method;
+
+/// A file by which other ranks recognise that they see rank 0's directory and not one of the same name.
+const NONCE: &str = "distq-nonce";
+
+/// Files of the run that are not part of the output.
+pub const SCRATCH: [&str; 2] = [JOURNAL, NONCE];
+
+/// Rank 0's share: the directory and the journal.
+pub struct RootOutput {
+    /// The directory.
+    pub dir: OutputDir,
+    /// The journal.
+    pub journal: Journal,
+    /// What an earlier run finished.
+    pub records: Vec<PartRecord>,
+}
+
+/// What every rank has of the output.
+pub struct Placed {
+    /// Where everything goes.
+    pub placement: Placement,
+    /// The files, where this rank sees them.
+    pub files: Option<OutputFiles>,
+    /// Parts that an earlier run finished.
+    pub done: HashSet<PartId>,
+    /// On rank 0.
+    pub root: Option<RootOutput>,
+}
+
+/// Which directories, and what to do with what is there.
+pub struct Target<'a> {
+    /// The source.
+    pub source: &'a Path,
+    /// The output.
+    pub out: &'a Path,
+    /// What to do with what an earlier run left.
+    pub existing: Existing,
+    /// Largest shard in bytes.
+    pub max_shard: u64,
+    /// Send every tensor through rank 0, whatever the ranks see.
+    pub gather: bool,
+}
+
+/// Creates or reopens the output.
+///
+/// # Errors
+/// Exit code 2 for paths and journals that do not fit, 5 for disks that refuse.
+pub fn place(
+    cluster: &Cluster,
+    target: &Target<'_>,
+    inventory: &Inventory,
+    fingerprint: &Fingerprint,
+    method: Method,
+) -> Result<Placed> {
+    let outputs: Vec<OutTensor> = inventory.outputs().cloned().collect();
+    let metadata = Map::from_iter([
+        ("format".to_string(), json!("pt")),
+        ("producer".to_string(), json!(format!("distq {}", env!("CARGO_PKG_VERSION")))),
+        ("method".to_string(), json!(method.to_string())),
+    ]);
+    let placement = Placement::new(&outputs, target.max_shard, &metadata);
+
+    let mut root = None;
+    let mut files = None;
+    let prepared = cluster.from_root(|| {
+        let (output, opened, nonce) = prepare(target, inventory, &placement, fingerprint)?;
+        let done: Vec<PartId> = output.records.iter().map(|record| record.part).collect();
+        let partial = output.dir.partial.clone();
+        root = Some(output);
+        files = Some(opened);
+        Ok((partial, nonce, done))
+    })?;
+    let (partial, nonce, done): (PathBuf, String, Vec<PartId>) = prepared;
+    if !cluster.is_root() && !target.gather && sees(&partial, &nonce) {
+        // A rank that sees the directory but may not write there goes through rank 0 like one that doesn't.
+        files = OutputFiles::open(&partial, &placement).ok();
+    }
+    tracing::debug!(direct = files.is_some(), "output {}", partial.display());
+    Ok(Placed { placement, files, done: done.into_iter().collect(), root })
+}
+
+fn prepare(
+    target: &Target<'_>,
+    inventory: &Inventory,
+    placement: &Placement,
+    fingerprint: &Fingerprint,
+) -> Result<(RootOutput, OutputFiles, String)> {
+    let dir = OutputDir::prepare(target.source, target.out, target.existing)?;
+    // The journal comes first: a run that dies while it reserves space can be resumed.
+    let (journal, records) = if dir.resumed {
+        Journal::resume(&dir.partial, fingerprint)?
+    } else {
+        (Journal::create(&dir.partial, fingerprint)?, vec![])
+    };
+    let files = OutputFiles::create(&dir.partial, placement).inspect_err(|_| {
+        // Nothing was computed yet, so nothing is worth resuming.
+        if !dir.resumed {
+            let _ = std::fs::remove_dir_all(&dir.partial);
+        }
+    })?;
+    let mut whole = vec![];
+    for record in records {
+        if digest(&files, inventory, record.part)? == record.digest {
+            whole.push(record);
+        }
+    }
+    let nonce = format!("{}-{:?}", std::process::id(), std::time::SystemTime::now());
+    let path = dir.partial.join(NONCE);
+    std::fs::write(&path, &nonce).map_err(|e| Error::run(format!("can't write: {e}")).file(&path))?;
+    Ok((RootOutput { dir, journal, records: whole }, files, nonce))
+}
+
+/// blake3 of a part's bytes as they stand in the files.
+fn digest(files: &OutputFiles, inventory: &Inventory, part: PartId) -> Result<String> {
+    let mut hasher = blake3::Hasher::new();
+    for tensor in &inventory.part(part).outputs {
+        hasher.update(&files.read(&tensor.name)?);
+    }
+    Ok(hasher.finalize().to_hex().to_string())
+}
+
+fn sees(partial: &Path, nonce: &str) -> bool {
+    std::fs::read_to_string(partial.join(NONCE)).is_ok_and(|found| found == nonce)
+}

@@ -1,0 +1,277 @@
+//! The whole job: survey, calibration data, output, stages, proof, publication.
+
+use std::path::PathBuf;
+use std::time::Instant;
+
+use crossbeam_channel::{TrySendError, bounded};
+
+use super::finish::Finisher;
+use super::job::Job;
+use super::journal::{Fingerprint, PartId, PartRecord};
+use super::messages::{Hidden, Outbox};
+use super::placing::{Placed, SCRATCH, Target, place};
+use super::root::Root;
+use super::stage::Stage;
+use super::survey::{PlanOptions, Survey, survey};
+use crate::backend::cpu::Cpu;
+use crate::calibration::{CalibOptions, Calibration};
+use crate::checkpoint::{Existing, copy_side_files, quantization_files};
+use crate::cluster::{Cluster, Outgoing, Pumped, Tag};
+use crate::error::{Error, Result};
+use crate::methods::Method;
+use crate::model::ModelConfig;
+use crate::report::{self, Phases, Progress, RankReport, RunReport};
+use crate::verify;
+
+/// What `distq quantize` was asked to do.
+#[derive(Clone, Debug)]
+pub struct Options {
+    /// Model, layout, scheme, split.
+    pub plan: PlanOptions,
+    /// The output directory.
+    pub out: PathBuf,
+    /// How codes and scales are chosen.
+    pub method: Method,
+    /// Calibration data.
+    pub calib: CalibOptions,
+    /// Largest shard in bytes.
+    pub max_shard: u64,
+    /// What to do with what an earlier run left.
+    pub existing: Existing,
+    /// Send every tensor through rank 0.
+    pub gather: bool,
+    /// Where the report goes.
+    pub report: Option<PathBuf>,
+    /// Show no progress.
+    pub quiet: bool,
+}
+
+/// Runs the job on this rank.
+///
+/// # Errors
+/// Any of the documented exit codes; the output directory appears only on success.
+pub fn quantize(cluster: &Cluster, options: &Options) -> Result<()> {
+    let started = Instant::now();
+    let mut calibration = Calibration::default();
+    let surveyed = survey(cluster, &options.plan, |model| {
+        calibration = calibrate(cluster, options, model)?;
+        Ok(calibration.lengths.clone())
+    })?;
+    let fingerprint = fingerprint(options, &surveyed, &calibration);
+    let target = Target {
+        source: &options.plan.model,
+        out: &options.out,
+        existing: options.existing,
+        max_shard: options.max_shard,
+        gather: options.gather,
+    };
+    let Placed { placement, files, done, root } =
+        place(cluster, &target, &surveyed.inventory, &fingerprint, options.method)?;
+    if cluster.is_root() && !options.quiet {
+        report::print(&surveyed.plan);
+        calibration.summary.warnings.iter().for_each(|warning| tracing::warn!("{warning}"));
+    }
+    let Survey { checkpoint, model, inventory, machine, backend, micro_batches, plan } = surveyed;
+    let forward_until = options
+        .plan
+        .scheme
+        .quantizes_activations()
+        .then(|| (0..model.layers).rev().find(|&layer| !done.contains(&PartId::Layer(layer))))
+        .flatten();
+    let job = Job {
+        model,
+        checkpoint,
+        inventory,
+        layout: options.plan.layout,
+        lengths: calibration.lengths,
+        ids: calibration.ids,
+        micro_batches,
+        done,
+        forward_until,
+    };
+    let prepared = started.elapsed().as_secs_f64();
+
+    let mut ear = root.map(|root| {
+        let steps = forward_until.map_or(0, |last| (last + 1) * job.micro_batches.len()) as u64;
+        let progress = Progress::new(steps, &plan, options.quiet);
+        let files = files.as_ref().expect("rank 0 sees its own output");
+        (root.dir, Root { files, journal: root.journal, progress, records: root.records })
+    });
+    let stage = plan.stage(cluster.rank());
+    let next = plan.stages.get(plan.position(cluster.rank()) + 1).map(|stage| stage.rank);
+    let walk = Walk { job: &job, backend: &backend, slice: stage.layers.clone(), group: stage.group, next };
+    let phases = walk.run(cluster, files.as_ref(), ear.as_mut().map(|(_, root)| root))?;
+    if let Some((_, root)) = &ear {
+        root.progress.finish();
+    }
+    let walked = started.elapsed().as_secs_f64();
+
+    let synced = files.as_ref().map_or(Ok(()), |files| files.sync());
+    cluster.agree(synced)?;
+    let rank = RankReport::new(cluster, &machine, backend.kernel(), phases, job.checkpoint.bytes_mapped());
+    let ranks = cluster.gather(&rank)?;
+    cluster.from_root(|| {
+        let (dir, root) = ear.expect("rank 0 has the output");
+        let records = in_model_order(root.records);
+        let side_files = write_description(&job, options, &dir.partial, placement.index.as_ref())?;
+        let proof = verify::verify(&dir.partial, Some(&job.checkpoint.dir))?;
+        let verified = started.elapsed().as_secs_f64();
+        let mut report =
+            RunReport::new(options, cluster.library(), plan, ranks.unwrap_or_default(), records, proof);
+        report.calibration = options.plan.scheme.quantizes_activations().then_some(calibration.summary);
+        report.source_bytes = job.checkpoint.total_bytes();
+        report.output_bytes = placement.total_bytes();
+        report.side_files = side_files;
+        report.seconds.prepare = prepared;
+        report.seconds.walk = walked - prepared;
+        report.seconds.prove = verified - walked;
+        finish(options, report, &dir, started)
+    })
+}
+
+/// Publishes what has been proven, and says how it went.
+fn finish(
+    options: &Options,
+    mut report: RunReport,
+    dir: &crate::checkpoint::OutputDir,
+    started: Instant,
+) -> Result<()> {
+    let proof = &report.verification;
+    if !proof.passed() {
+        report::print(proof);
+        return Err(Error::verify(format!("verification failed: {}", proof.failed_rules().join(", ")))
+            .file(&dir.partial)
+            .fix("report this with the table above: the output was not published"));
+    }
+    dir.publish(&SCRATCH)?;
+    report.seconds.total = started.elapsed().as_secs_f64();
+    if let Some(path) = &options.report {
+        report.write(path)?;
+    }
+    if !options.quiet {
+        report::print(&report);
+    }
+    Ok(())
+}
+
+fn calibrate(cluster: &Cluster, options: &Options, model: &ModelConfig) -> Result<Calibration> {
+    if !options.plan.scheme.quantizes_activations() {
+        return Ok(Calibration::default());
+    }
+    // Only rank 0 needs the data and the tokenizer.
+    cluster.from_root(|| Calibration::load(&options.calib, &options.plan.model, model.vocab))
+}
+
+fn fingerprint(options: &Options, survey: &Survey, calibration: &Calibration) -> Fingerprint {
+    Fingerprint {
+        version: env!("CARGO_PKG_VERSION").to_string(),
+        model: survey.checkpoint.digest(),
+        data: calibration.summary.digest.clone(),
+        options: format!(
+            "layout {}, scheme {}, method {}, shards of {}, leaving {}",
+            options.plan.layout,
+            options.plan.scheme,
+            options.method,
+            options.max_shard,
+            survey.inventory.ignored.join(" "),
+        ),
+    }
+}
+
+fn in_model_order(mut records: Vec<PartRecord>) -> Vec<PartRecord> {
+    records.sort_by_key(|record| record.part);
+    records
+}
+
+/// config.json and what else stands beside the weights; returns the names of the files carried over.
+fn write_description(
+    job: &Job,
+    options: &Options,
+    dir: &std::path::Path,
+    index: Option<&serde_json::Value>,
+) -> Result<Vec<String>> {
+    let write = |name: &str, value: &serde_json::Value| {
+        let path = dir.join(name);
+        let text = serde_json::to_string_pretty(value).expect("JSON values serialize") + "\n";
+        std::fs::write(&path, text).map_err(|e| {
+            Error::run(format!("can't write: {e}")).file(&path).fix("check the disk, then use --resume")
+        })
+    };
+    let (config, separate) =
+        quantization_files(&job.checkpoint.config, job.layout, options.plan.scheme, &job.inventory.ignored);
+    write("config.json", &config)?;
+    if let Some(separate) = separate {
+        write("hf_quant_config.json", &separate)?;
+    }
+    if let Some(index) = index {
+        write("model.safetensors.index.json", index)?;
+    }
+    copy_side_files(&job.checkpoint.dir, dir)
+}
+
+/// One rank's part of the walk: a worker computes, the main thread moves messages.
+struct Walk<'a> {
+    job: &'a Job,
+    backend: &'a Cpu,
+    slice: std::ops::Range<usize>,
+    group: usize,
+    next: Option<usize>,
+}
+
+/// Messages that a worker may have waiting for the main thread, and the other way round.
+const CHANNEL: usize = 8;
+
+impl Walk<'_> {
+    fn run(
+        self,
+        cluster: &Cluster,
+        files: Option<&crate::checkpoint::OutputFiles>,
+        mut root: Option<&mut Root<'_>>,
+    ) -> Result<Phases> {
+        let (to_main, outgoing) = bounded::<Outgoing>(CHANNEL);
+        let (to_worker, incoming) = bounded::<Hidden>(CHANNEL);
+        std::thread::scope(|scope| {
+            let worker = scope.spawn(move || {
+                let outbox = Outbox::new(to_main.clone(), self.next);
+                let finisher = Finisher::new(self.backend, self.job, files, outbox.clone());
+                let stage = Stage {
+                    backend: self.backend,
+                    job: self.job,
+                    slice: self.slice,
+                    group: self.group,
+                    incoming,
+                    outbox,
+                    finisher,
+                };
+                let result = stage.run();
+                if let Err(error) = &result {
+                    let _ = to_main.send(Outgoing::Fail(error.clone()));
+                }
+                result
+            });
+            let mut to_worker = Some(to_worker);
+            let pumped =
+                cluster.pump(&outgoing, &mut |tag, peer, frame| match (tag, &mut root, &to_worker) {
+                    (Tag::Root, Some(root), _) => root.take(peer, frame).map(|()| Pumped::Taken),
+                    (Tag::Hidden, _, Some(to_worker)) if to_worker.is_full() => Ok(Pumped::Later(frame)),
+                    (Tag::Hidden, _, Some(to_worker)) => {
+                        match to_worker.try_send(Hidden::from_frame(frame)) {
+                            Ok(()) => Ok(Pumped::Taken),
+                            Err(TrySendError::Full(_) | TrySendError::Disconnected(_)) => {
+                                Err(Error::run(format!("hidden states from rank {peer} came unasked")))
+                            }
+                        }
+                    }
+                    _ => Err(Error::run(format!("rank {peer} sent a message that is not for this rank"))),
+                });
+            if pumped.is_err() {
+                // Wake a worker that waits for hidden states or for the main thread.
+                to_worker = None;
+                drop(outgoing);
+            }
+            let worked = worker.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic));
+            drop(to_worker);
+            pumped.and(worked)
+        })
+    }
+}

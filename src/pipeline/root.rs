@@ -1,0 +1,50 @@
+//! What rank 0 does with what it hears: tensors to their places, finished parts into the journal,
+//! progress to the user.
+
+use super::journal::{Journal, PartRecord};
+use super::messages::{Event, ToRoot};
+use crate::checkpoint::OutputFiles;
+use crate::cluster::Frame;
+use crate::error::{Error, Result};
+use crate::report::Progress;
+
+/// Rank 0's ear.
+pub struct Root<'a> {
+    /// The output.
+    pub files: &'a OutputFiles,
+    /// The journal.
+    pub journal: Journal,
+    /// What the user sees.
+    pub progress: Progress,
+    /// Parts finished in this run or in an earlier one.
+    pub records: Vec<PartRecord>,
+}
+
+impl Root<'_> {
+    /// Takes a message from rank `peer`.
+    ///
+    /// # Errors
+    /// Exit code 5: a disk that fails, a tensor that was damaged on its way.
+    pub fn take(&mut self, peer: usize, frame: Frame) -> Result<()> {
+        let head = serde_json::from_slice(&frame.head).map_err(|e| {
+            Error::run(format!("rank {peer} sent something unreadable: {e}"))
+                .fix("run the same distq everywhere")
+        })?;
+        match head {
+            ToRoot::Event(Event::Walked { layer }) => self.progress.step(peer, layer),
+            ToRoot::Event(Event::Finished(record)) => {
+                self.journal.finished(&record)?;
+                self.records.push(record);
+            }
+            ToRoot::Tensor { name, digest } => {
+                if blake3::hash(&frame.body).to_hex().as_str() != digest {
+                    return Err(Error::run(format!("a tensor from rank {peer} was damaged on its way"))
+                        .tensor(name)
+                        .fix("check the network, then use --resume"));
+                }
+                self.files.write(&name, &frame.body)?;
+            }
+        }
+        Ok(())
+    }
+}

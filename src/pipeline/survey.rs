@@ -1,0 +1,128 @@
+//! Everything that is known before a byte of weights is read: the model, the machines, the plan.
+
+use std::path::PathBuf;
+
+use super::inventory::Inventory;
+use crate::backend::cpu::Cpu;
+use crate::calibration::{MicroBatch, micro_batches};
+use crate::checkpoint::{Checkpoint, Layout, Scheme};
+use crate::cluster::{Cluster, Machine};
+use crate::error::{Error, Result};
+use crate::model::ModelConfig;
+use crate::planner::{Node, Plan, Work, plan};
+
+/// What decides who owns which layers.
+#[derive(Clone, Debug)]
+pub struct PlanOptions {
+    /// The source directory.
+    pub model: PathBuf,
+    /// How the output is written.
+    pub layout: Layout,
+    /// What is quantized.
+    pub scheme: Scheme,
+    /// Patterns of modules to leave alone.
+    pub ignore: Vec<String>,
+    /// Layers by rank, where the user chose them.
+    pub layers_per_rank: Option<Vec<usize>>,
+    /// Bytes by rank that it may use, where the user chose them; one value serves all.
+    pub memory_per_rank: Vec<u64>,
+}
+
+/// The model and the machines.
+pub struct Survey {
+    /// The source on this host.
+    pub checkpoint: Checkpoint,
+    /// The model.
+    pub model: ModelConfig,
+    /// What goes in and what comes out.
+    pub inventory: Inventory,
+    /// This rank's machine.
+    pub machine: Machine,
+    /// This rank's backend.
+    pub backend: Cpu,
+    /// The micro-batches.
+    pub micro_batches: Vec<MicroBatch>,
+    /// Who owns what.
+    pub plan: Plan,
+}
+
+/// Tokens of a micro-batch. On a CPU a matrix product is as fast with 1024 rows as with more, and smaller
+/// micro-batches keep the ranks of a pipeline busy.
+const MICRO_BATCH_TOKENS: usize = 1024;
+
+/// The read rate assumed for planning. Measuring it would read weights; it only matters where a disk is
+/// slower than arithmetic.
+const READ_RATE: f64 = 1e9;
+
+/// Opens the model on every rank, and plans on rank 0 from what the ranks report. `lengths` gives the
+/// calibration documents, from the vocabulary size.
+///
+/// # Errors
+/// Exit codes 2, 3 and 4, the same on every rank.
+pub fn survey(
+    cluster: &Cluster,
+    options: &PlanOptions,
+    lengths: impl FnOnce(&ModelConfig) -> Result<Vec<usize>>,
+) -> Result<Survey> {
+    let opened = cluster.agree(open(options))?;
+    let (checkpoint, model, inventory) = opened;
+    let digests = cluster.all_gather(&checkpoint.digest())?;
+    let odd = digests.iter().position(|digest| *digest != digests[0]);
+    cluster.agree(match odd {
+        Some(rank) if cluster.rank() == rank => {
+            Err(Error::input("this rank sees another model than rank 0: config.json or the tensors differ")
+                .file(&checkpoint.dir)
+                .fix("give every host the same checkpoint"))
+        }
+        _ => Ok(()),
+    })?;
+    let lengths = lengths(&model)?;
+    let memory = cluster.agree(chosen_memory(cluster, &options.memory_per_rank))?;
+    let machine = Machine::here(cluster.host(), cluster.local_size(), memory);
+    let backend = cluster.agree(Cpu::new(inventory.compute, machine.threads))?;
+    let node = Node {
+        rank: cluster.rank(),
+        host: cluster.host().to_string(),
+        memory: machine.memory,
+        flops: backend.probe(),
+        read_rate: READ_RATE,
+    };
+    let nodes = cluster.gather(&node)?;
+    let batches = micro_batches(&lengths, MICRO_BATCH_TOKENS);
+    let planned = cluster.from_root(|| {
+        let work = Work {
+            tokens: lengths.iter().sum::<usize>() as u64,
+            micro_batches: batches.len(),
+            micro_batch_tokens: batches
+                .iter()
+                .map(|batch| lengths[batch.samples.clone()].iter().sum::<usize>() as u64)
+                .max()
+                .unwrap_or(0),
+            calibrates: options.scheme.quantizes_activations(),
+        };
+        let nodes = nodes.as_deref().unwrap_or_default();
+        plan(nodes, &inventory.cost(&model), &work, options.layers_per_rank.as_deref())
+    })?;
+    Ok(Survey { checkpoint, model, inventory, machine, backend, micro_batches: batches, plan: planned })
+}
+
+fn open(options: &PlanOptions) -> Result<(Checkpoint, ModelConfig, Inventory)> {
+    let checkpoint = Checkpoint::open(&options.model)?;
+    let model = ModelConfig::parse(&checkpoint.config)?;
+    let inventory = Inventory::new(&checkpoint, &model, options.layout, options.scheme, &options.ignore)?;
+    Ok((checkpoint, model, inventory))
+}
+
+fn chosen_memory(cluster: &Cluster, chosen: &[u64]) -> Result<Option<u64>> {
+    match chosen {
+        [] => Ok(None),
+        [all] => Ok(Some(*all)),
+        each if each.len() == cluster.size() => Ok(Some(each[cluster.rank()])),
+        each => Err(Error::plan(format!(
+            "--memory-per-rank names {} ranks, the job has {}",
+            each.len(),
+            cluster.size()
+        ))
+        .fix("give one value for all ranks or one for each")),
+    }
+}

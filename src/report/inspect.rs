@@ -1,0 +1,140 @@
+//! `distq inspect`: what a directory is.
+
+use std::collections::BTreeMap;
+use std::fmt;
+use std::path::Path;
+
+use serde_json::Value;
+
+use crate::checkpoint::Checkpoint;
+use crate::error::Result;
+use crate::units::binary;
+
+/// What a directory is. `--json` prints it; its field names are stable.
+#[derive(Clone, Debug, PartialEq, serde::Serialize)]
+pub struct Inspection {
+    /// The directory.
+    pub dir: String,
+    /// Architecture, as config.json names it.
+    pub architecture: String,
+    /// Whether distq can quantize this architecture.
+    pub supported: bool,
+    /// config.json's number of decoder layers.
+    pub layers: Option<u64>,
+    /// config.json's hidden size.
+    pub hidden: Option<u64>,
+    /// config.json's intermediate size.
+    pub intermediate: Option<u64>,
+    /// config.json's vocabulary size.
+    pub vocab: Option<u64>,
+    /// Safetensors files.
+    pub files: usize,
+    /// Tensors.
+    pub tensors: usize,
+    /// Bytes of all tensors.
+    pub bytes: u64,
+    /// Elements as stored, by dtype.
+    pub elements: BTreeMap<String, u64>,
+    /// Parameters: packed codes count twice, scales don't count.
+    pub parameters: u64,
+    /// Whether there is a tokenizer.json.
+    pub tokenizer: bool,
+    /// quantization_config, where there is one.
+    pub quantization: Option<Value>,
+}
+
+/// Reads a directory's configuration and headers.
+///
+/// # Errors
+/// Exit code 3 where it is not a usable checkpoint.
+pub fn inspect(dir: &Path) -> Result<Inspection> {
+    let checkpoint = Checkpoint::open(dir)?;
+    let config = &checkpoint.config;
+    let number = |name: &str| config.get(name).and_then(Value::as_u64);
+    let architecture = config.get("architectures").and_then(|names| names.get(0)).and_then(Value::as_str);
+    let architecture = architecture.unwrap_or("unknown").to_string();
+    let mut elements = BTreeMap::new();
+    let mut parameters = 0;
+    for (name, entry) in &checkpoint.tensors {
+        let count = entry.shape.iter().product::<usize>() as u64;
+        *elements.entry(format!("{:?}", entry.dtype)).or_insert(0) += count;
+        let packed = entry.dtype == safetensors::Dtype::U8;
+        let scale = ["_scale", "_scale_2"].iter().any(|suffix| name.ends_with(suffix));
+        parameters += if scale { 0 } else { count * if packed { 2 } else { 1 } };
+    }
+    Ok(Inspection {
+        dir: dir.display().to_string(),
+        supported: crate::model::Family::from_name(&architecture).is_some(),
+        architecture,
+        layers: number("num_hidden_layers"),
+        hidden: number("hidden_size"),
+        intermediate: number("intermediate_size"),
+        vocab: number("vocab_size"),
+        files: checkpoint.files.len(),
+        tensors: checkpoint.tensors.len(),
+        bytes: checkpoint.total_bytes(),
+        elements,
+        parameters,
+        tokenizer: checkpoint.dir.join("tokenizer.json").exists(),
+        quantization: config.get("quantization_config").filter(|value| !value.is_null()).cloned(),
+    })
+}
+
+impl fmt::Display for Inspection {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let known = |value: Option<u64>| value.map_or("?".to_string(), |n| n.to_string());
+        let supported = if self.supported { "" } else { " (distq can't quantize it)" };
+        writeln!(f, "{}", self.dir)?;
+        writeln!(f, "  architecture  {}{supported}", self.architecture)?;
+        writeln!(
+            f,
+            "  sizes         {} layers, hidden {}, intermediate {}, vocabulary {}",
+            known(self.layers),
+            known(self.hidden),
+            known(self.intermediate),
+            known(self.vocab),
+        )?;
+        writeln!(f, "  parameters    {:.3} billion", self.parameters as f64 / 1e9)?;
+        writeln!(
+            f,
+            "  stored        {} in {} tensors, {} files",
+            binary(self.bytes),
+            self.tensors,
+            self.files
+        )?;
+        let dtypes: Vec<String> = self.elements.iter().map(|(dtype, n)| format!("{dtype} {n}")).collect();
+        writeln!(f, "  elements      {}", dtypes.join(", "))?;
+        writeln!(f, "  tokenizer     {}", if self.tokenizer { "yes" } else { "no tokenizer.json" })?;
+        write!(f, "  quantization  ")?;
+        let Some(quantization) = &self.quantization else { return write!(f, "none") };
+        let text = |name: &str| quantization.get(name).and_then(Value::as_str).unwrap_or("-");
+        write!(f, "{}", text("quant_method"))?;
+        for detail in ["format", "quant_algo"] {
+            if quantization.get(detail).is_some() {
+                write!(f, ", {}", text(detail))?;
+            }
+        }
+        let ignored = quantization.get("ignore").and_then(Value::as_array).map_or(0, Vec::len);
+        write!(f, ", {ignored} modules ignored")
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn golden(name: &str) -> Inspection {
+        inspect(&Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/golden").join(name)).unwrap()
+    }
+
+    #[test]
+    fn a_source_and_its_quantized_forms_have_the_same_parameters() {
+        let (source, modelopt, peer) = (golden("src_bf16"), golden("."), golden("peer"));
+        assert_eq!(source.quantization, None);
+        assert_eq!((source.layers, source.tensors), (Some(2), 21));
+        assert!(modelopt.to_string().contains("modelopt, NVFP4"), "{modelopt}");
+        assert!(peer.to_string().contains("compressed-tensors, nvfp4-pack-quantized"), "{peer}");
+        assert_eq!(source.parameters, modelopt.parameters);
+        assert_eq!(source.parameters, peer.parameters);
+    }
+}

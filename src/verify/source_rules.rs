@@ -1,0 +1,83 @@
+//! Rules against the source.
+
+use serde_json::Value;
+
+use super::scheme::LinearScheme;
+use super::subject::Subject;
+use super::{Concerns, Findings, Rule};
+
+const SOURCE: Concerns = Concerns::Source;
+
+pub(super) const RULES: &[Rule] = &[
+    Rule {
+        id: "S1",
+        title: "every source tensor is quantized or copied byte for byte",
+        concerns: SOURCE,
+        check: accounted,
+    },
+    Rule { id: "S2", title: "dequantized weights are close to the source", concerns: SOURCE, check: close },
+    Rule { id: "S3", title: "config.json differs by its quantization only", concerns: SOURCE, check: config },
+    Rule { id: "S4", title: "max calibration gives these bytes again", concerns: SOURCE, check: same_bytes },
+];
+
+/// A tensor that was lost or changed on its way is a different model.
+fn accounted(subject: &Subject, findings: &mut Findings) {
+    let Some(source) = &subject.source else { return };
+    let quantized: std::collections::BTreeSet<String> = subject
+        .linears()
+        .into_iter()
+        .filter(|linear| subject.schemes.of_module(&linear.name) != LinearScheme::Plain)
+        .map(|linear| linear.weight())
+        .collect();
+    for name in source.tensors.keys() {
+        if quantized.contains(name) || name.ends_with("rotary_emb.inv_freq") {
+            continue;
+        }
+        let (there, here) = (source.tensor(name).ok(), subject.map(name));
+        match (there, here) {
+            (Some(there), Some(here)) if there.bytes() == &here[..] => {}
+            (_, None) => findings.error(format!("{name} is missing")),
+            _ => findings.error(format!("{name} differs from the source")),
+        }
+    }
+}
+
+/// NVFP4 loses about 9.5 % of a Gaussian weight's norm. Far more means swapped nibbles, a wrong scale or
+/// another tensor; only a comparison with the source sees that.
+fn close(subject: &Subject, findings: &mut Findings) {
+    for error in subject.errors() {
+        let (relative, cosine) = (error.relative_error, error.cosine);
+        // Written so that NaN is an error.
+        if !(relative <= 0.2 && cosine >= 0.98) {
+            findings.error(format!("{}: relative error {relative:.3}, cosine {cosine:.3}", error.module));
+        } else if relative > 0.15 {
+            findings.warn(format!("{}: relative error {relative:.3}", error.module));
+        }
+    }
+}
+
+/// A field of another model left in config.json is another model.
+fn config(subject: &Subject, findings: &mut Findings) {
+    let (Some(source), Ok(config)) = (&subject.source, &subject.config) else { return };
+    let null = Value::Null;
+    let keys = source.config.keys().chain(config.keys());
+    let keys: std::collections::BTreeSet<&String> =
+        keys.filter(|key| *key != "quantization_config").collect();
+    for key in keys {
+        let (here, there) = (config.get(key).unwrap_or(&null), source.config.get(key).unwrap_or(&null));
+        if here != there {
+            findings.error(format!("{key} is {here}, the source says {there}"));
+        }
+    }
+}
+
+/// Where the files say that they hold max calibration, the source determines every byte.
+fn same_bytes(subject: &Subject, findings: &mut Findings) {
+    if subject.method.as_deref() != Some("max") {
+        return;
+    }
+    for scan in subject.linears.iter().filter(|scan| scan.differing.is_some_and(|bytes| bytes > 0)) {
+        let bytes = scan.differing.unwrap_or(0);
+        findings.error(format!("{}: {bytes} bytes of codes and scales differ", scan.module));
+    }
+}

@@ -1,0 +1,217 @@
+//! The directory under verification, opened as far as it can be.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::fs::{self, File};
+use std::path::{Path, PathBuf};
+
+use memmap2::MmapOptions;
+use safetensors::Dtype;
+use serde_json::{Map, Value};
+
+use super::report::TensorError;
+use super::scan::{LinearScan, scan_group};
+use super::scheme::{LinearScheme, Schemes};
+use crate::checkpoint::{Checkpoint, Layout, LinearNames, read_header};
+use crate::error::Result;
+use crate::model::{Group, LinearSpec, ModelConfig};
+
+/// A tensor of the directory.
+pub struct Found {
+    /// Index into [`Subject::files`].
+    pub file: usize,
+    /// Element type.
+    pub dtype: Dtype,
+    /// Shape.
+    pub shape: Vec<usize>,
+    offset: u64,
+    /// Length in bytes.
+    pub bytes: u64,
+}
+
+/// The directory under verification.
+pub struct Subject {
+    /// The directory.
+    pub dir: PathBuf,
+    /// Names of all files in it.
+    pub listing: BTreeSet<String>,
+    /// config.json, or why it can't be read.
+    pub config: Result<Map<String, Value>, String>,
+    /// The layout that it declares.
+    pub layout: Option<Layout>,
+    /// The model that it describes, or why it does not.
+    pub model: Result<ModelConfig, String>,
+    /// Which linears are quantized, and how, as the configuration says.
+    pub schemes: Schemes,
+    /// The safetensors files.
+    pub files: Vec<(String, File)>,
+    /// What is wrong with files and headers.
+    pub file_faults: Vec<String>,
+    /// Tensors by name, as far as headers can be read.
+    pub tensors: BTreeMap<String, Found>,
+    /// Tensors that stand in more than one file.
+    pub doubled: Vec<String>,
+    /// The index, or why it can't be read; none where there is no such file.
+    pub index: Option<Result<Map<String, Value>, String>>,
+    /// The method that the files' metadata name.
+    pub method: Option<String>,
+    /// Whether distq wrote the files.
+    pub ours: bool,
+    /// The source.
+    pub source: Option<Checkpoint>,
+    /// What was found in every quantized linear.
+    pub linears: Vec<LinearScan>,
+    /// Whether `linears` is filled.
+    pub scanned: bool,
+}
+
+impl Subject {
+    /// Opens what can be opened.
+    pub fn open(dir: &Path, source: Option<&Path>) -> Result<Subject> {
+        let source = source.map(Checkpoint::open).transpose()?;
+        let listing = fs::read_dir(dir).into_iter().flatten().flatten();
+        let listing: BTreeSet<String> =
+            listing.filter_map(|entry| entry.file_name().into_string().ok()).collect();
+        let config = object(&dir.join("config.json"));
+        let layout = config.as_ref().ok().and_then(declared_layout);
+        let model = match &config {
+            Ok(config) => ModelConfig::parse(config).map_err(|e| e.to_string()),
+            Err(fault) => Err(fault.clone()),
+        };
+        let index_name = "model.safetensors.index.json";
+        let mut subject = Subject {
+            dir: dir.to_path_buf(),
+            index: listing.contains(index_name).then(|| object(&dir.join(index_name))),
+            schemes: Schemes::of(layout, config.as_ref().ok()),
+            config,
+            layout,
+            model,
+            files: vec![],
+            file_faults: vec![],
+            tensors: BTreeMap::new(),
+            doubled: vec![],
+            method: None,
+            ours: false,
+            source,
+            linears: vec![],
+            scanned: false,
+            listing,
+        };
+        let names: Vec<String> =
+            subject.listing.iter().filter(|name| name.ends_with(".safetensors")).cloned().collect();
+        names.iter().for_each(|name| subject.add_file(name));
+        Ok(subject)
+    }
+
+    fn add_file(&mut self, name: &str) {
+        let path = self.dir.join(name);
+        let opened = File::open(&path).map_err(|e| format!("{name}: can't open: {e}"));
+        let read = opened.and_then(|file| {
+            let header = read_header(&file, &path).map_err(|e| e.to_string())?;
+            Ok((file, header))
+        });
+        let (file, header) = match read {
+            Ok(read) => read,
+            Err(fault) => return self.file_faults.push(fault),
+        };
+        self.ours |= header.metadata.get("producer").is_some_and(|producer| producer.starts_with("distq"));
+        self.method = self.method.take().or_else(|| header.metadata.get("method").cloned());
+        for tensor in header.tensors {
+            let found = Found {
+                file: self.files.len(),
+                dtype: tensor.dtype,
+                shape: tensor.shape,
+                offset: tensor.offset,
+                bytes: tensor.bytes,
+            };
+            if self.tensors.insert(tensor.name.clone(), found).is_some() {
+                self.doubled.push(tensor.name);
+            }
+        }
+        self.files.push((name.to_string(), file));
+    }
+
+    /// Whether the layout is this one, or any where none is asked for.
+    pub fn has_layout(&self, layout: Option<Layout>) -> bool {
+        self.layout.is_some() && (layout.is_none() || layout == self.layout)
+    }
+
+    /// Maps a tensor's bytes; none where the file does not hold them.
+    pub fn map(&self, name: &str) -> Option<memmap2::Mmap> {
+        let found = self.tensors.get(name)?;
+        let mut options = MmapOptions::new();
+        options.offset(found.offset).len(found.bytes as usize);
+        // SAFETY: read-only, and inside the file, whose length its header was checked against; nobody writes
+        // to an output under verification.
+        unsafe { options.map(&self.files[found.file].1) }.ok()
+    }
+
+    /// A scalar f32 tensor.
+    pub fn scalar(&self, name: &str) -> Option<f32> {
+        let map = self.map(name)?;
+        Some(f32::from_le_bytes(map[..].try_into().ok()?))
+    }
+
+    /// Every fused group of the model.
+    pub fn groups(&self) -> Vec<Group> {
+        match &self.model {
+            Ok(model) => (0..model.layers).flat_map(|layer| model.groups(layer)).collect(),
+            Err(_) => vec![],
+        }
+    }
+
+    /// Every linear of the model's layers.
+    pub fn linears(&self) -> Vec<LinearSpec> {
+        self.groups().into_iter().flat_map(|group| group.members).collect()
+    }
+
+    /// Linears that the configuration says are NVFP4, and whether their activations are quantized.
+    pub fn nvfp4(&self) -> Vec<(LinearSpec, bool)> {
+        let scheme = |linear: LinearSpec| match self.schemes.of_module(&linear.name) {
+            LinearScheme::Nvfp4 { activations } => Some((linear, activations)),
+            _ => None,
+        };
+        self.linears().into_iter().filter_map(scheme).collect()
+    }
+
+    /// The names of a linear's tensors in this layout.
+    pub fn names(&self, linear: &str) -> LinearNames {
+        self.layout.unwrap_or(Layout::CompressedTensors).linear_names(linear)
+    }
+
+    /// Reads every quantized linear once.
+    pub fn scan(&mut self) {
+        use rayon::prelude::*;
+        let groups = self.groups();
+        self.linears = groups.par_iter().flat_map_iter(|group| scan_group(self, group)).collect();
+        self.scanned = true;
+    }
+
+    /// Every linear's distance to its source.
+    pub fn errors(&self) -> Vec<TensorError> {
+        let error = |scan: &LinearScan| {
+            let distance = scan.distance?;
+            let (relative_error, cosine) = (distance.relative(), distance.cosine());
+            Some(TensorError { module: scan.module.clone(), relative_error, cosine })
+        };
+        self.linears.iter().filter_map(error).collect()
+    }
+}
+
+/// Reads a JSON object, or says why it can't.
+pub fn object(path: &Path) -> Result<Map<String, Value>, String> {
+    let name = path.file_name().unwrap_or_default().to_string_lossy();
+    let text = fs::read(path).map_err(|e| format!("{name}: can't read: {e}"))?;
+    match serde_json::from_slice(&text) {
+        Ok(Value::Object(map)) => Ok(map),
+        Ok(_) => Err(format!("{name}: not a JSON object")),
+        Err(e) => Err(format!("{name}: not valid JSON: {e}")),
+    }
+}
+
+fn declared_layout(config: &Map<String, Value>) -> Option<Layout> {
+    match config.get("quantization_config")?.get("quant_method")?.as_str()? {
+        "compressed-tensors" => Some(Layout::CompressedTensors),
+        "modelopt" => Some(Layout::Modelopt),
+        _ => None,
+    }
+}
