@@ -30,12 +30,11 @@ pub struct OutputDir {
 }
 
 impl OutputDir {
-    /// Checks the paths and creates `OUT.partial/`, or finds the one to continue.
+    /// Checks the paths, and changes nothing.
     ///
     /// # Errors
-    /// Exit code 2: OUT exists, lies inside the source or around it, or an unfinished run is in the way;
-    /// 5: the directory can't be created.
-    pub fn prepare(source: &Path, out: &Path, existing: Existing) -> Result<OutputDir> {
+    /// Exit code 2: OUT exists, lies inside the source or around it, or an unfinished run is in the way.
+    pub fn check(source: &Path, out: &Path, existing: Existing) -> Result<OutputDir> {
         let out = absolute(out)?;
         let source = fs::canonicalize(source).unwrap_or_else(|_| source.to_path_buf());
         if out == source || out.starts_with(&source) || source.starts_with(&out) {
@@ -64,15 +63,23 @@ impl OutputDir {
                     .file(&partial)
                     .fix("start without --resume"));
             }
-            (true, Existing::Overwrite) => {
-                fs::remove_dir_all(&partial).map_err(|e| failed("can't remove", &partial, e))?;
-            }
             _ => {}
         }
-        if !resumed {
-            fs::create_dir(&partial).map_err(|e| failed("can't create the output", &partial, e))?;
-        }
         Ok(OutputDir { out, partial, resumed, overwrite: existing == Existing::Overwrite })
+    }
+
+    /// Creates `OUT.partial/`, unless an unfinished run is continued.
+    ///
+    /// # Errors
+    /// Exit code 5 where the file system refuses.
+    pub fn create(&self) -> Result<()> {
+        if self.resumed {
+            return Ok(());
+        }
+        if self.partial.exists() {
+            fs::remove_dir_all(&self.partial).map_err(|e| failed("can't remove", &self.partial, e))?;
+        }
+        fs::create_dir(&self.partial).map_err(|e| failed("can't create the output", &self.partial, e))
     }
 
     /// Removes `scratch` files and makes `OUT` appear, complete, in one rename.
@@ -144,7 +151,8 @@ mod tests {
     #[test]
     fn nothing_looks_finished_before_it_is() {
         let (_dir, source, out) = dirs();
-        let output = OutputDir::prepare(&source, &out, Existing::Refuse).unwrap();
+        let output = OutputDir::check(&source, &out, Existing::Refuse).unwrap();
+        output.create().unwrap();
         fs::write(output.partial.join("journal"), "x").unwrap();
         fs::write(output.partial.join("model"), "x").unwrap();
         assert!(!out.exists());
@@ -156,7 +164,7 @@ mod tests {
     fn paths_that_make_no_sense_are_refused() {
         let (dir, source, out) = dirs();
         let refused =
-            |out: &Path, existing| OutputDir::prepare(&source, out, existing).unwrap_err().to_string();
+            |out: &Path, existing| OutputDir::check(&source, out, existing).unwrap_err().to_string();
         assert!(refused(&source, Existing::Overwrite).contains("overlap"));
         assert!(refused(&source.join("out"), Existing::Overwrite).contains("overlap"));
         assert!(refused(dir.path(), Existing::Overwrite).contains("overlap"));
@@ -165,7 +173,7 @@ mod tests {
         fs::create_dir(&out).unwrap();
         assert!(refused(&out, Existing::Refuse).contains("--overwrite"));
         fs::remove_dir(&out).unwrap();
-        OutputDir::prepare(&source, &out, Existing::Refuse).unwrap();
+        OutputDir::check(&source, &out, Existing::Refuse).unwrap().create().unwrap();
         assert!(refused(&out, Existing::Refuse).contains("--resume"));
     }
 
@@ -174,7 +182,8 @@ mod tests {
         let (_dir, source, out) = dirs();
         fs::create_dir(&out).unwrap();
         fs::write(out.join("old"), "x").unwrap();
-        let output = OutputDir::prepare(&source, &out, Existing::Overwrite).unwrap();
+        let output = OutputDir::check(&source, &out, Existing::Overwrite).unwrap();
+        output.create().unwrap();
         assert!(out.join("old").exists());
         output.publish(&[]).unwrap();
         assert!(out.exists() && !out.join("old").exists());

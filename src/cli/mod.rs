@@ -14,7 +14,7 @@ use distq::error::Result;
 ///
 /// Start it alone, with mpirun or with Slurm: `mpirun -np 3 --hostfile hosts distq quantize MODEL OUT`.
 #[derive(Parser)]
-#[command(name = "distq", version, max_term_width = 110)]
+#[command(name = "distq", version, max_term_width = 110, args_override_self = true)]
 pub struct Cli {
     #[command(subcommand)]
     command: Command,

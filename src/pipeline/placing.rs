@@ -7,10 +7,10 @@ use serde_json::{Map, json};
 
 use super::inventory::Inventory;
 use super::journal::{Fingerprint, JOURNAL, Journal, PartId, PartRecord};
-use crate::checkpoint::{Existing, OutTensor, OutputDir, OutputFiles, Placement};
+use super::quantize::Options;
+use crate::checkpoint::{OutTensor, OutputDir, OutputFiles, Placement};
 use crate::cluster::Cluster;
 use crate::error::{Error, Result};
-use crate::methods::Method;
 
 /// A file by which other ranks recognise that they see rank 0's directory and not one of the same name.
 const NONCE: &str = "distq-nonce";
@@ -40,43 +40,30 @@ pub struct Placed {
     pub root: Option<RootOutput>,
 }
 
-/// Which directories, and what to do with what is there.
-pub struct Target<'a> {
-    /// The source.
-    pub source: &'a Path,
-    /// The output.
-    pub out: &'a Path,
-    /// What to do with what an earlier run left.
-    pub existing: Existing,
-    /// Largest shard in bytes.
-    pub max_shard: u64,
-    /// Send every tensor through rank 0, whatever the ranks see.
-    pub gather: bool,
-}
-
-/// Creates or reopens the output.
+/// Creates or reopens the output; `dir` is what rank 0 has checked.
 ///
 /// # Errors
 /// Exit code 2 for paths and journals that do not fit, 5 for disks that refuse.
 pub fn place(
     cluster: &Cluster,
-    target: &Target<'_>,
+    dir: Option<OutputDir>,
+    options: &Options,
     inventory: &Inventory,
     fingerprint: &Fingerprint,
-    method: Method,
 ) -> Result<Placed> {
     let outputs: Vec<OutTensor> = inventory.outputs().cloned().collect();
     let metadata = Map::from_iter([
         ("format".to_string(), json!("pt")),
         ("producer".to_string(), json!(format!("distq {}", env!("CARGO_PKG_VERSION")))),
-        ("method".to_string(), json!(method.to_string())),
+        ("method".to_string(), json!(options.method.to_string())),
     ]);
-    let placement = Placement::new(&outputs, target.max_shard, &metadata);
+    let placement = Placement::new(&outputs, options.max_shard, &metadata);
 
     let mut root = None;
     let mut files = None;
     let prepared = cluster.from_root(|| {
-        let (output, opened, nonce) = prepare(target, inventory, &placement, fingerprint)?;
+        let dir = dir.expect("rank 0 has checked the output's directory");
+        let (output, opened, nonce) = prepare(dir, inventory, &placement, fingerprint)?;
         let done: Vec<PartId> = output.records.iter().map(|record| record.part).collect();
         let partial = output.dir.partial.clone();
         root = Some(output);
@@ -84,7 +71,7 @@ pub fn place(
         Ok((partial, nonce, done))
     })?;
     let (partial, nonce, done): (PathBuf, String, Vec<PartId>) = prepared;
-    if !cluster.is_root() && !target.gather && sees(&partial, &nonce) {
+    if !cluster.is_root() && !options.gather && sees(&partial, &nonce) {
         // A rank that sees the directory but may not write there goes through rank 0 like one that doesn't.
         files = OutputFiles::open(&partial, &placement).ok();
     }
@@ -93,12 +80,12 @@ pub fn place(
 }
 
 fn prepare(
-    target: &Target<'_>,
+    dir: OutputDir,
     inventory: &Inventory,
     placement: &Placement,
     fingerprint: &Fingerprint,
 ) -> Result<(RootOutput, OutputFiles, String)> {
-    let dir = OutputDir::prepare(target.source, target.out, target.existing)?;
+    dir.create()?;
     // The journal comes first: a run that dies while it reserves space can be resumed.
     let (journal, records) = if dir.resumed {
         Journal::resume(&dir.partial, fingerprint)?

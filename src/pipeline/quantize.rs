@@ -9,13 +9,13 @@ use super::finish::Finisher;
 use super::job::Job;
 use super::journal::{Fingerprint, PartId, PartRecord};
 use super::messages::{Hidden, Outbox};
-use super::placing::{Placed, SCRATCH, Target, place};
+use super::placing::{Placed, SCRATCH, place};
 use super::root::Root;
 use super::stage::Stage;
 use super::survey::{PlanOptions, Survey, survey};
 use crate::backend::cpu::Cpu;
 use crate::calibration::{CalibOptions, Calibration};
-use crate::checkpoint::{Existing, copy_side_files, quantization_files};
+use crate::checkpoint::{Existing, OutputDir, OutputFiles, copy_side_files, quantization_files};
 use crate::cluster::{Cluster, Outgoing, Pumped, Tag};
 use crate::error::{Error, Result};
 use crate::methods::Method;
@@ -52,21 +52,20 @@ pub struct Options {
 /// Any of the documented exit codes; the output directory appears only on success.
 pub fn quantize(cluster: &Cluster, options: &Options) -> Result<()> {
     let started = Instant::now();
+    // First of all: nobody wants to learn after an hour that the output can't be where it should.
+    let mut dir = None;
+    cluster.from_root(|| {
+        dir = Some(OutputDir::check(&options.plan.model, &options.out, options.existing)?);
+        Ok(())
+    })?;
     let mut calibration = Calibration::default();
     let surveyed = survey(cluster, &options.plan, |model| {
         calibration = calibrate(cluster, options, model)?;
         Ok(calibration.lengths.clone())
     })?;
     let fingerprint = fingerprint(options, &surveyed, &calibration);
-    let target = Target {
-        source: &options.plan.model,
-        out: &options.out,
-        existing: options.existing,
-        max_shard: options.max_shard,
-        gather: options.gather,
-    };
     let Placed { placement, files, done, root } =
-        place(cluster, &target, &surveyed.inventory, &fingerprint, options.method)?;
+        place(cluster, dir, options, &surveyed.inventory, &fingerprint)?;
     if cluster.is_root() && !options.quiet {
         report::print(&surveyed.plan);
         calibration.summary.warnings.iter().for_each(|warning| tracing::warn!("{warning}"));
@@ -130,12 +129,7 @@ pub fn quantize(cluster: &Cluster, options: &Options) -> Result<()> {
 }
 
 /// Publishes what has been proven, and says how it went.
-fn finish(
-    options: &Options,
-    mut report: RunReport,
-    dir: &crate::checkpoint::OutputDir,
-    started: Instant,
-) -> Result<()> {
+fn finish(options: &Options, mut report: RunReport, dir: &OutputDir, started: Instant) -> Result<()> {
     let proof = &report.verification;
     if !proof.passed() {
         report::print(proof);
@@ -225,7 +219,7 @@ impl Walk<'_> {
     fn run(
         self,
         cluster: &Cluster,
-        files: Option<&crate::checkpoint::OutputFiles>,
+        files: Option<&OutputFiles>,
         mut root: Option<&mut Root<'_>>,
     ) -> Result<Phases> {
         let (to_main, outgoing) = bounded::<Outgoing>(CHANNEL);

@@ -1,0 +1,145 @@
+//! The life of a run: what exists when, resuming, overwriting, plans and reports.
+
+use std::fs;
+
+use serde_json::Value;
+
+use crate::support::{Distq, LAYERS, Scene, digests};
+
+/// Runs until a weight of `layer` turns out to be NaN, then repairs the source: a run that died on the way.
+fn stop_in_layer(scene: &Scene, layer: usize) {
+    let weights = fs::read(scene.weights()).unwrap();
+    scene.change_weights(|tensors| {
+        let (_, _, bytes) = tensors.get_mut(&format!("model.layers.{layer}.mlp.down_proj.weight")).unwrap();
+        bytes[..2].copy_from_slice(&half::bf16::NAN.to_le_bytes());
+    });
+    let ended = scene.quantize("out").run();
+    assert_eq!(ended.code, 5, "{}", ended.stderr);
+    fs::write(scene.weights(), weights).unwrap();
+    assert!(!scene.path("out").exists(), "nothing looks finished");
+}
+
+#[test]
+fn a_run_that_died_is_resumed_to_the_same_bytes() {
+    let scene = Scene::new();
+    scene.quantize("expected").succeed();
+    stop_in_layer(&scene, 3);
+    let journal = fs::read_to_string(scene.path("out.partial/distq-journal.jsonl")).unwrap();
+    assert_eq!(journal.lines().count(), 1 + 1 + 3, "the fingerprint, the embedding, three layers: {journal}");
+    assert_eq!(scene.quantize("out").run().code, 2, "an unfinished run is not started over silently");
+    scene.quantize("out").args(["--resume"]).ranks(2).succeed();
+    assert_eq!(digests(&scene.path("out")), digests(&scene.path("expected")));
+    assert!(!scene.path("out.partial").exists());
+}
+
+#[test]
+fn parts_damaged_after_they_were_finished_are_made_again() {
+    let scene = Scene::new();
+    scene.quantize("expected").succeed();
+    stop_in_layer(&scene, 5);
+    let shard = scene.path("out.partial/model.safetensors");
+    let mut bytes = fs::read(&shard).unwrap();
+    let middle = bytes.len() / 2;
+    bytes[middle..middle + 1000].fill(0xAB);
+    fs::write(&shard, bytes).unwrap();
+    scene.quantize("out").args(["--resume"]).succeed();
+    assert_eq!(digests(&scene.path("out")), digests(&scene.path("expected")));
+}
+
+#[test]
+fn resuming_something_else_is_refused_with_the_reason() {
+    let scene = Scene::new();
+    stop_in_layer(&scene, 5);
+    let refused = |command: Distq, word: &str| {
+        let ended = command.args(["--resume"]).run();
+        assert_eq!(ended.code, 2, "{}", ended.stderr);
+        assert!(ended.messages()[0].contains(word), "{}", ended.stderr);
+    };
+    refused(scene.quantize("out").args(["--layout", "modelopt"]), "options");
+    refused(scene.quantize("out").args(["--calib-max-tokens", "30"]), "calibration data");
+    refused(scene.quantize("other"), "no unfinished run");
+    let mut config = scene.config();
+    config["rope_theta"] = 5000.0.into();
+    scene.write_config(&config);
+    refused(scene.quantize("out"), "model");
+}
+
+#[test]
+fn overwriting_replaces_and_nothing_else_does() {
+    let scene = Scene::new();
+    scene.quantize("out").succeed();
+    let first = digests(&scene.path("out"));
+    let again = scene.quantize("out").run();
+    assert_eq!(again.code, 2);
+    assert!(again.messages()[0].contains("--overwrite"), "{}", again.stderr);
+    scene.quantize("out").args(["--layout", "modelopt", "--overwrite"]).ranks(2).succeed();
+    assert_ne!(digests(&scene.path("out")), first);
+    assert!(scene.path("out/hf_quant_config.json").exists());
+    let left: Vec<_> = fs::read_dir(scene.path("")).unwrap().map(|e| e.unwrap().file_name()).collect();
+    assert!(left.iter().all(|name| !name.to_string_lossy().starts_with("out.")), "{left:?}");
+}
+
+#[test]
+fn a_plan_says_who_would_own_what() {
+    let scene = Scene::new();
+    let plan = |args: &[&str], ranks| {
+        let mut command =
+            Distq::new(&["plan"]).arg(scene.model()).args(["--calib-min-tokens", "1", "--calib"]);
+        command = command.arg(scene.calib());
+        for arg in args {
+            command = command.arg(arg);
+        }
+        command.ranks(ranks).succeed()
+    };
+    let json = plan(&["--json", "--layers-per-rank", "2,4"], 2).json();
+    assert_eq!(json["stages"][1]["layers"]["start"], 2);
+    assert_eq!(json["stages"][1]["layers"]["end"], 6);
+    for field in ["bytes_read", "bytes_written", "peak_memory", "memory", "seconds"] {
+        assert!(json["stages"][0][field].as_f64().unwrap() > 0.0, "{field}");
+    }
+    let table = plan(&[], 3).stdout;
+    assert!(table.contains("expected time") && table.lines().count() == 5, "{table}");
+}
+
+#[test]
+fn inspect_tells_source_from_output() {
+    let scene = Scene::new();
+    scene.quantize("out").succeed();
+    let inspect = |dir: &str| Distq::new(&["inspect"]).arg(scene.path(dir)).args(["--json"]).succeed().json();
+    let (source, out) = (inspect("model"), inspect("out"));
+    assert_eq!(source["quantization"], Value::Null);
+    assert_eq!(out["quantization"]["quant_method"], "compressed-tensors");
+    assert_eq!(source["parameters"], out["parameters"]);
+}
+
+#[test]
+fn verify_finds_a_changed_byte() {
+    let scene = Scene::new();
+    scene.quantize("out").succeed();
+    let verify =
+        || Distq::new(&["verify"]).arg(scene.path("out")).arg("--source").arg(scene.model()).args(["--json"]);
+    assert_eq!(verify().succeed().json()["summary"]["errors"], 0);
+    crate::support::change_safetensors(&scene.path("out/model.safetensors"), |tensors| {
+        let (_, _, bytes) = tensors.get_mut("model.layers.2.mlp.up_proj.weight_packed").unwrap();
+        bytes[17] ^= 0x10;
+    });
+    let ended = verify().run();
+    assert_eq!(ended.code, 6);
+    assert!(ended.messages()[0].contains("S4"), "{}", ended.stderr);
+}
+
+#[test]
+fn ignored_modules_stay_as_they_are() {
+    let scene = Scene::new();
+    for layout in ["compressed-tensors", "modelopt"] {
+        let ignore = ["--ignore", "model.layers.0.*", "--ignore", "re:.*down_proj", "--layout", layout];
+        scene.quantize(layout).args(ignore).ranks(2).succeed();
+        let out = fs::read(scene.path(layout).join("model.safetensors")).unwrap();
+        let out = safetensors::SafeTensors::deserialize(&out).unwrap();
+        let source = fs::read(scene.weights()).unwrap();
+        let source = safetensors::SafeTensors::deserialize(&source).unwrap();
+        for name in ["model.layers.0.self_attn.q_proj.weight", "model.layers.4.mlp.down_proj.weight"] {
+            assert_eq!(out.tensor(name).unwrap().data(), source.tensor(name).unwrap().data(), "{layout}");
+        }
+    }
+}

@@ -1,0 +1,245 @@
+//! Tiny checkpoints, and runs of the real binary with a time limit.
+
+use std::collections::BTreeMap;
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Output, Stdio};
+use std::time::{Duration, Instant};
+
+use half::bf16;
+use safetensors::Dtype;
+use safetensors::tensor::TensorView;
+use serde_json::{Value, json};
+
+/// A scratch directory with a tiny model and calibration data in it.
+pub struct Scene {
+    dir: tempfile::TempDir,
+}
+
+/// The tiny model's decoder layers.
+pub const LAYERS: usize = 6;
+
+impl Scene {
+    /// A Llama of six small layers with random weights.
+    pub fn new() -> Scene {
+        let scene = Scene { dir: tempfile::tempdir().unwrap() };
+        fs::create_dir(scene.model()).unwrap();
+        let config = json!({
+            "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": 64,
+            "intermediate_size": 96, "num_attention_heads": 4, "num_key_value_heads": 2,
+            "num_hidden_layers": LAYERS, "vocab_size": 128, "max_position_embeddings": 256,
+            "rms_norm_eps": 1e-5, "rope_theta": 10000.0, "tie_word_embeddings": false, "torch_dtype": "bfloat16"
+        });
+        scene.write_config(&config);
+        let model = distq::model::ModelConfig::parse(config.as_object().unwrap()).unwrap();
+        let layers = (0..LAYERS).flat_map(|layer| model.layer_tensors(layer));
+        let specs = std::iter::once(model.embedding()).chain(layers).chain(model.tail_tensors());
+        let mut random = Random(7);
+        let tensors: Vec<(String, Vec<usize>, Vec<u8>)> = specs
+            .map(|spec| {
+                let scale = if spec.shape.len() == 1 { 0.1 } else { 1.0 / (spec.shape[1] as f32).sqrt() };
+                let mean = if spec.shape.len() == 1 { 1.0 } else { 0.0 };
+                let n: usize = spec.shape.iter().product();
+                let values =
+                    (0..n).flat_map(|_| bf16::from_f32(mean + scale * random.normal()).to_le_bytes());
+                (spec.name, spec.shape, values.collect())
+            })
+            .collect();
+        scene.write_weights(&tensors);
+        let lines = (0..9).map(|i| {
+            let ids: Vec<u32> = (0..20 + 13 * i).map(|_| random.next() % 128).collect();
+            json!({ "input_ids": ids }).to_string() + "\n"
+        });
+        fs::write(scene.calib(), lines.collect::<String>()).unwrap();
+        fs::write(scene.model().join("tokenizer_config.json"), "{}").unwrap();
+        scene
+    }
+
+    /// A path in the scratch directory.
+    pub fn path(&self, name: &str) -> PathBuf {
+        self.dir.path().join(name)
+    }
+
+    pub fn model(&self) -> PathBuf {
+        self.path("model")
+    }
+
+    pub fn calib(&self) -> PathBuf {
+        self.path("calib.jsonl")
+    }
+
+    pub fn config(&self) -> Value {
+        serde_json::from_slice(&fs::read(self.model().join("config.json")).unwrap()).unwrap()
+    }
+
+    pub fn write_config(&self, config: &Value) {
+        fs::write(self.model().join("config.json"), config.to_string()).unwrap();
+    }
+
+    pub fn weights(&self) -> PathBuf {
+        self.model().join("model.safetensors")
+    }
+
+    fn write_weights(&self, tensors: &[(String, Vec<usize>, Vec<u8>)]) {
+        let views = tensors.iter().map(|(name, shape, bytes)| {
+            (name.clone(), TensorView::new(Dtype::BF16, shape.clone(), bytes).unwrap())
+        });
+        safetensors::serialize_to_file(views, None, &self.weights()).unwrap();
+    }
+
+    /// Rewrites the weights: tensors by name, as (dtype, shape, bytes).
+    pub fn change_weights(&self, change: impl FnOnce(&mut Tensors)) {
+        change_safetensors(&self.weights(), change);
+    }
+
+    /// `distq quantize` on this scene, to `out`.
+    pub fn quantize(&self, out: &str) -> Distq {
+        let [model, out] = [self.model(), self.path(out)];
+        Distq::new(&["quantize"])
+            .arg(model)
+            .arg(out)
+            .args(["--calib-min-tokens", "1"])
+            .arg("--calib")
+            .arg(self.calib())
+    }
+}
+
+pub type Tensors = BTreeMap<String, (Dtype, Vec<usize>, Vec<u8>)>;
+
+/// Reads a safetensors file, changes its tensors, writes it again with its metadata.
+pub fn change_safetensors(path: &Path, change: impl FnOnce(&mut Tensors)) {
+    let bytes = fs::read(path).unwrap();
+    let (_, metadata) = safetensors::SafeTensors::read_metadata(&bytes).unwrap();
+    let read = safetensors::SafeTensors::deserialize(&bytes).unwrap();
+    let mut tensors: Tensors = read
+        .tensors()
+        .into_iter()
+        .map(|(name, view)| (name, (view.dtype(), view.shape().to_vec(), view.data().to_vec())))
+        .collect();
+    change(&mut tensors);
+    let views = tensors
+        .iter()
+        .map(|(name, (dtype, shape, data))| (name, TensorView::new(*dtype, shape.clone(), data).unwrap()));
+    safetensors::serialize_to_file(views, metadata.metadata().clone(), path).unwrap();
+}
+
+/// A command line of the real binary.
+#[derive(Clone)]
+pub struct Distq {
+    ranks: Option<usize>,
+    args: Vec<std::ffi::OsString>,
+}
+
+/// No run of a tiny model takes this long: a rank that hangs is a failure.
+const LIMIT: Duration = Duration::from_secs(60);
+
+impl Distq {
+    pub fn new(args: &[&str]) -> Distq {
+        Distq { ranks: None, args: args.iter().map(Into::into).collect() }
+    }
+
+    pub fn arg(mut self, arg: impl Into<std::ffi::OsString>) -> Distq {
+        self.args.push(arg.into());
+        self
+    }
+
+    pub fn args<const N: usize>(mut self, args: [&str; N]) -> Distq {
+        self.args.extend(args.map(Into::into));
+        self
+    }
+
+    /// Under mpirun with this many ranks, on one thread each.
+    pub fn ranks(mut self, ranks: usize) -> Distq {
+        self.ranks = Some(ranks);
+        self
+    }
+
+    /// Runs it.
+    pub fn run(&self) -> Ended {
+        let binary = env!("CARGO_BIN_EXE_distq");
+        let mut command = match self.ranks {
+            None => Command::new(binary),
+            Some(ranks) => {
+                let mut command = Command::new("mpirun");
+                command.args(["--oversubscribe", "-np", &ranks.to_string()]);
+                command.env("OMPI_ALLOW_RUN_AS_ROOT", "1").env("OMPI_ALLOW_RUN_AS_ROOT_CONFIRM", "1");
+                command.arg(binary);
+                command
+            }
+        };
+        command.args(&self.args).env("OMP_NUM_THREADS", "1").env("RUST_BACKTRACE", "0");
+        command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
+        let started = Instant::now();
+        let child = command.spawn().unwrap();
+        let pid = child.id();
+        let (done, waiter) = std::sync::mpsc::channel();
+        std::thread::spawn(move || {
+            if waiter.recv_timeout(LIMIT).is_err() {
+                let _ = Command::new("kill").args(["-9", &pid.to_string()]).status();
+            }
+        });
+        let output: Output = child.wait_with_output().unwrap();
+        let _ = done.send(());
+        assert!(started.elapsed() < LIMIT, "hung: {:?}", self.args);
+        Ended {
+            code: output.status.code().unwrap_or(-1),
+            stdout: String::from_utf8_lossy(&output.stdout).into_owned(),
+            stderr: String::from_utf8_lossy(&output.stderr).into_owned(),
+        }
+    }
+
+    /// Runs it and expects success.
+    pub fn succeed(&self) -> Ended {
+        let ended = self.run();
+        assert_eq!(ended.code, 0, "{:?}\n{}{}", self.args, ended.stdout, ended.stderr);
+        ended
+    }
+}
+
+/// How a run ended.
+#[derive(Debug)]
+pub struct Ended {
+    pub code: i32,
+    pub stdout: String,
+    pub stderr: String,
+}
+
+impl Ended {
+    /// distq's own lines on standard error, without the launcher's.
+    pub fn messages(&self) -> Vec<&str> {
+        self.stderr.lines().filter_map(|line| line.strip_prefix("distq: ")).collect()
+    }
+
+    pub fn json(&self) -> Value {
+        serde_json::from_str(&self.stdout).unwrap_or_else(|e| panic!("{e}: {}", self.stdout))
+    }
+}
+
+/// blake3 of every file of a directory.
+pub fn digests(dir: &Path) -> BTreeMap<String, String> {
+    fs::read_dir(dir)
+        .unwrap_or_else(|e| panic!("{}: {e}", dir.display()))
+        .map(|entry| entry.unwrap())
+        .map(|entry| {
+            let digest = blake3::hash(&fs::read(entry.path()).unwrap()).to_hex().to_string();
+            (entry.file_name().into_string().unwrap(), digest)
+        })
+        .collect()
+}
+
+/// xorshift: the same numbers on every machine.
+pub struct Random(u32);
+
+impl Random {
+    pub fn next(&mut self) -> u32 {
+        self.0 ^= self.0 << 13;
+        self.0 ^= self.0 >> 17;
+        self.0 ^= self.0 << 5;
+        self.0
+    }
+
+    /// Roughly normal: the sum of twelve uniform numbers.
+    fn normal(&mut self) -> f32 {
+        (0..12).map(|_| self.next() as f32 / u32::MAX as f32).sum::<f32>() - 6.0
+    }
+}
