@@ -82,7 +82,7 @@ impl ModelConfig {
             mlp_bias: family.has_bias_fields() && fields.flag("mlp_bias")?,
             sliding_window: family.sliding_window(&fields)?,
         };
-        if parsed.heads % parsed.kv_heads != 0 {
+        if !parsed.heads.is_multiple_of(parsed.kv_heads) {
             return Err(fields.wrong(
                 "num_attention_heads",
                 format!("is {heads}, not a multiple of num_key_value_heads {}", parsed.kv_heads),

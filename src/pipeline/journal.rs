@@ -190,7 +190,8 @@ mod tests {
     fn another_run_is_refused_with_the_reason() {
         let dir = tempfile::tempdir().unwrap();
         Journal::create(dir.path(), &fingerprint()).unwrap();
-        let changes: [(&str, fn(&mut Fingerprint)); 4] = [
+        type Change = fn(&mut Fingerprint);
+        let changes: [(&str, Change); 4] = [
             ("version", |f| f.version = "2".into()),
             ("model", |f| f.model = "n".into()),
             ("calibration data", |f| f.data = "e".into()),

@@ -201,8 +201,8 @@ fn exclusions(subject: &Subject, findings: &mut Findings) {
     }
     let linears = subject.linears();
     for pattern in patterns.iter().filter(|pattern| !pattern.contains('*')) {
-        let modules = linears.iter().map(|linear| linear.name.as_str());
-        let accidental = modules.filter(|name| *name != pattern && name.contains(pattern.as_str())).next();
+        let mut modules = linears.iter().map(|linear| linear.name.as_str());
+        let accidental = modules.find(|name| *name != pattern && name.contains(pattern.as_str()));
         if let Some(name) = accidental {
             findings.error(format!("{pattern:?} is a part of {name} and removes it too"));
         }

@@ -1,1 +1,419 @@
+//! Each rule, broken on purpose: exactly that rule is reported.
 
+use std::collections::BTreeMap;
+use std::fs;
+use std::path::{Path, PathBuf};
+
+use half::bf16;
+use safetensors::tensor::TensorView;
+use safetensors::{Dtype, SafeTensors};
+use serde_json::{Value, json};
+
+use super::*;
+use crate::checkpoint::{Scheme, quantization_files};
+use crate::model::ModelConfig;
+use crate::nvfp4::{self, GlobalScale};
+
+type Tensors = BTreeMap<String, (Dtype, Vec<usize>, Vec<u8>)>;
+
+fn golden(name: &str) -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/golden").join(name)
+}
+
+/// A good checkpoint of the golden source, written here and not by the writer under test.
+struct Good {
+    dir: tempfile::TempDir,
+    source: tempfile::TempDir,
+    method: &'static str,
+}
+
+const Q: &str = "model.layers.0.self_attn.q_proj";
+const O: &str = "model.layers.0.self_attn.o_proj";
+const DOWN: &str = "model.layers.1.mlp.down_proj";
+
+impl Good {
+    fn new(layout: Layout) -> Good {
+        Good::of(layout, "max", |_| {})
+    }
+
+    /// Max calibration of a changed source, whose files name another method where a case needs to differ from
+    /// it.
+    fn of(layout: Layout, method: &'static str, change: impl FnOnce(&mut Tensors)) -> Good {
+        let good = Good { dir: tempfile::tempdir().unwrap(), source: tempfile::tempdir().unwrap(), method };
+        for name in ["config.json", "model.safetensors"] {
+            fs::copy(golden("src_bf16").join(name), good.source.path().join(name)).unwrap();
+        }
+        change_tensors(&good.source.path().join("model.safetensors"), "none", change);
+        let config = read_json(&good.source.path().join("config.json"));
+        let config = config.as_object().unwrap();
+        let model = ModelConfig::parse(config).unwrap();
+        let bytes = fs::read(good.source.path().join("model.safetensors")).unwrap();
+        let source = SafeTensors::deserialize(&bytes).unwrap();
+        let mut tensors: Tensors = source
+            .tensors()
+            .into_iter()
+            .map(|(name, view)| (name, (view.dtype(), view.shape().to_vec(), view.data().to_vec())))
+            .collect();
+        for (i, group) in (0..model.layers).flat_map(|layer| model.groups(layer)).enumerate() {
+            let weights: Vec<Vec<bf16>> = group
+                .members
+                .iter()
+                .map(|linear| bytemuck::pod_collect_to_vec(&tensors.remove(&linear.weight()).unwrap().2))
+                .collect();
+            let global = GlobalScale::from_amax(weights.iter().map(|w| nvfp4::amax(w)).fold(0.0, f32::max));
+            let input = GlobalScale::from_amax(2.5 + i as f32);
+            for (linear, w) in group.members.iter().zip(&weights) {
+                let (mut codes, mut scales) = (vec![0; w.len() / 2], vec![0; w.len() / 16]);
+                nvfp4::quantize(w, global, &mut codes, &mut scales);
+                let data = [codes, scales, layout.scalar(global).to_vec(), layout.scalar(input).to_vec()];
+                let outputs = layout.linear_tensors(&linear.name, linear.rows, linear.cols, Scheme::Nvfp4);
+                for (tensor, data) in outputs.into_iter().zip(data) {
+                    tensors.insert(tensor.name, (tensor.dtype, tensor.shape, data));
+                }
+            }
+        }
+        write(&good.file(), &tensors, method);
+        let (config, second) = quantization_files(config, layout, Scheme::Nvfp4, &["lm_head".into()]);
+        good.write_json("config.json", &config);
+        if let Some(second) = second {
+            good.write_json("hf_quant_config.json", &second);
+        }
+        good.write_json("tokenizer.json", &json!({}));
+        good
+    }
+
+    fn path(&self, name: &str) -> PathBuf {
+        self.dir.path().join(name)
+    }
+
+    fn file(&self) -> PathBuf {
+        self.path("model.safetensors")
+    }
+
+    fn write_json(&self, name: &str, value: &Value) {
+        fs::write(self.path(name), value.to_string()).unwrap();
+    }
+
+    /// Changes a JSON file.
+    fn json(&self, name: &str, change: impl FnOnce(&mut Value)) {
+        let mut value = read_json(&self.path(name));
+        change(&mut value);
+        self.write_json(name, &value);
+    }
+
+    fn quantization(&self, change: impl FnOnce(&mut Value)) {
+        self.json("config.json", |config| change(&mut config["quantization_config"]));
+    }
+
+    /// Changes the tensors.
+    fn tensors(&self, change: impl FnOnce(&mut Tensors)) {
+        change_tensors(&self.file(), self.method, change);
+    }
+
+    /// Changes the bytes of one tensor.
+    fn bytes(&self, name: &str, change: impl FnOnce(&mut Vec<u8>)) {
+        self.tensors(|tensors| change(&mut tensors.get_mut(name).unwrap_or_else(|| panic!("{name}")).2));
+    }
+
+    /// Sets scalars.
+    fn scalars(&self, suffix: &str, value: f32) {
+        self.tensors(|tensors| {
+            for (_, (_, _, bytes)) in tensors.iter_mut().filter(|(name, _)| name.ends_with(suffix)) {
+                *bytes = value.to_le_bytes().to_vec();
+            }
+        });
+    }
+
+    fn report(&self) -> Report {
+        verify(self.dir.path(), Some(self.source.path())).unwrap()
+    }
+}
+
+fn read_json(path: &Path) -> Value {
+    serde_json::from_slice(&fs::read(path).unwrap()).unwrap()
+}
+
+fn change_tensors(path: &Path, method: &str, change: impl FnOnce(&mut Tensors)) {
+    let bytes = fs::read(path).unwrap();
+    let read = SafeTensors::deserialize(&bytes).unwrap();
+    let mut tensors: Tensors = read
+        .tensors()
+        .into_iter()
+        .map(|(name, view)| (name, (view.dtype(), view.shape().to_vec(), view.data().to_vec())))
+        .collect();
+    change(&mut tensors);
+    write(path, &tensors, method);
+}
+
+fn write(path: &Path, tensors: &Tensors, method: &str) {
+    let views = tensors.iter().map(|(name, (dtype, shape, bytes))| {
+        (
+            name.clone(),
+            TensorView::new(*dtype, shape.clone(), bytes).unwrap_or_else(|e| panic!("{name}: {e}")),
+        )
+    });
+    let metadata = [("method", method), ("producer", "distq")];
+    let metadata = metadata.map(|(key, value)| (key.to_string(), value.to_string())).into_iter().collect();
+    safetensors::serialize_to_file(views, Some(metadata), path).unwrap();
+}
+
+fn f32_of(bytes: &[u8]) -> f32 {
+    f32::from_le_bytes(bytes.try_into().unwrap())
+}
+
+const CT: Layout = Layout::CompressedTensors;
+const MO: Layout = Layout::Modelopt;
+
+/// The rule, the level it must reach, the layout, and what is done to a good checkpoint.
+type Case = (&'static str, Level, Layout, fn(&Good));
+
+const CASES: &[Case] = &[
+    ("A1", Level::Error, CT, |g| fs::write(g.path("config.json"), "{\"a\": ").unwrap()),
+    ("A1", Level::Error, CT, |g| g.quantization(|q| q["quantization_status"] = json!("frozen"))),
+    ("A1", Level::Error, CT, |g| g.quantization(|q| q["format"] = json!("int-quantized"))),
+    ("A1", Level::Error, CT, |g| g.quantization(|q| q["quant_method"] = json!("awq"))),
+    ("A2", Level::Error, CT, |g| {
+        g.quantization(|q| q["config_groups"]["group_0"]["weights"]["group_size"] = json!(32))
+    }),
+    ("A2", Level::Error, CT, |g| {
+        g.quantization(|q| q["config_groups"]["group_0"]["weights"]["colour"] = json!(1))
+    }),
+    ("A2", Level::Error, CT, |g| {
+        g.quantization(|q| q["config_groups"]["group_0"]["input_activations"]["dynamic"] = json!(true))
+    }),
+    ("A3", Level::Error, CT, |g| {
+        g.tensors(|t| assert!(t.remove(&format!("{O}.input_global_scale")).is_some()))
+    }),
+    ("A3", Level::Error, CT, |g| {
+        g.tensors(|t| {
+            assert!(t.insert(format!("{O}.pre_quant_scale"), (Dtype::F32, vec![1], vec![0; 4])).is_none())
+        })
+    }),
+    ("A3", Level::Error, CT, |g| {
+        g.quantization(|q| q["config_groups"]["group_0"]["input_activations"] = Value::Null)
+    }),
+    ("A4", Level::Error, CT, |g| {
+        g.tensors(|t| t.get_mut(&format!("{O}.weight_scale")).unwrap().0 = Dtype::U8)
+    }),
+    ("A4", Level::Error, CT, |g| {
+        g.tensors(|t| t.get_mut(&format!("{O}.weight_packed")).unwrap().0 = Dtype::I8)
+    }),
+    ("A4", Level::Error, MO, |g| {
+        g.tensors(|t| t.get_mut(&format!("{O}.weight_scale")).unwrap().0 = Dtype::U8)
+    }),
+    ("A5", Level::Error, CT, |g| {
+        g.tensors(|t| t.get_mut(&format!("{O}.weight_packed")).unwrap().1 = vec![32, 64])
+    }),
+    ("A5", Level::Error, MO, |g| {
+        g.tensors(|t| t.get_mut(&format!("{O}.weight_scale_2")).unwrap().1 = vec![1])
+    }),
+    ("A5", Level::Error, CT, |g| {
+        g.tensors(|t| {
+            let (_, shape, bytes) = t.get_mut("model.norm.weight").unwrap();
+            (shape[0], _) = (32, bytes.truncate(64));
+        })
+    }),
+    ("A6", Level::Error, CT, |g| g.bytes(&format!("{O}.input_global_scale"), |b| b.fill(0))),
+    ("A6", Level::Warning, CT, |g| {
+        // An input of the size of 1e5 is legal and odd.
+        g.bytes(&format!("{O}.input_global_scale"), |b| *b = (2688.0f32 / 1e5).to_le_bytes().to_vec())
+    }),
+    ("A9", Level::Error, CT, |g| {
+        g.bytes(&format!("{Q}.input_global_scale"), |b| *b = (f32_of(b) * 1.5).to_le_bytes().to_vec())
+    }),
+    ("A10", Level::Error, CT, |g| g.quantization(|q| q["ignore"] = json!(["lm_head", O]))),
+    ("A10", Level::Error, MO, |g| {
+        for (file, key) in [("config.json", "ignore"), ("hf_quant_config.json", "exclude_modules")] {
+            let part = if file == "config.json" { "quantization_config" } else { "quantization" };
+            g.json(file, |v| v[part][key].as_array_mut().unwrap().push(json!("model.layers.1.*")));
+        }
+    }),
+    ("A10", Level::Warning, CT, |g| {
+        g.quantization(|q| q["ignore"] = json!(["lm_head", "model.layers.9.mlp.up_proj"]))
+    }),
+    ("A11", Level::Error, CT, |g| {
+        g.quantization(|q| {
+            q["kv_cache_scheme"] = json!({"num_bits": 8, "type": "float", "strategy": "tensor"})
+        })
+    }),
+    ("A11", Level::Error, CT, |g| {
+        let name = "model.layers.0.self_attn.k_scale";
+        g.tensors(|t| {
+            assert!(t.insert(name.into(), (Dtype::F32, vec![1], 1f32.to_le_bytes().into())).is_none())
+        })
+    }),
+    ("A12", Level::Error, CT, |g| {
+        g.tensors(|t| {
+            assert!(t.insert("model.extra.weight".into(), (Dtype::F32, vec![1], vec![0; 4])).is_none())
+        })
+    }),
+    ("A13", Level::Error, CT, |g| {
+        let bytes = fs::read(g.file()).unwrap();
+        fs::write(g.file(), &bytes[..bytes.len() - 1]).unwrap();
+    }),
+    ("A13", Level::Error, MO, |g| {
+        let bytes = fs::read(g.file()).unwrap();
+        fs::write(g.path("model-00009-of-00009.safetensors"), bytes).unwrap();
+    }),
+    ("A13", Level::Error, CT, |g| {
+        let index = json!({"metadata": {"total_size": 1}, "weight_map": {"a": "b.safetensors"}});
+        g.write_json("model.safetensors.index.json", &index);
+    }),
+    ("A14", Level::Error, CT, |g| fs::write(g.path("params.json"), "{}").unwrap()),
+    ("A14", Level::Error, MO, |g| fs::write(g.path("pytorch_model.bin"), "").unwrap()),
+    ("A14", Level::Warning, CT, |g| fs::write(g.path("hf_quant_config.json"), "{}").unwrap()),
+    ("A15", Level::Error, CT, |g| {
+        g.json("config.json", |c| c["tie_word_embeddings"] = json!(true));
+        let path = g.source.path().join("config.json");
+        let mut config = read_json(&path);
+        config["tie_word_embeddings"] = json!(true);
+        fs::write(path, config.to_string()).unwrap();
+    }),
+    ("A16", Level::Warning, CT, |g| fs::remove_file(g.path("tokenizer.json")).unwrap()),
+    ("A16", Level::Warning, MO, |g| {
+        g.write_json("generation_config.json", &json!({"cache_implementation": "hybrid"}))
+    }),
+    ("A18", Level::Warning, CT, |g| g.scalars("input_global_scale", 1.0)),
+    ("B1", Level::Error, MO, |g| {
+        g.quantization(|q| q["quant_algo"] = json!("NVFP4_AWQ"));
+        g.json("hf_quant_config.json", |v| v["quantization"]["quant_algo"] = json!("NVFP4_AWQ"));
+    }),
+    ("B1", Level::Error, MO, |g| {
+        g.quantization(|q| q["config_groups"]["group_0"]["weights"]["group_size"] = json!(32))
+    }),
+    ("B2", Level::Error, MO, |g| fs::remove_file(g.path("hf_quant_config.json")).unwrap()),
+    ("B2", Level::Error, MO, |g| {
+        g.json("hf_quant_config.json", |v| v["quantization"]["group_size"] = json!(32))
+    }),
+    ("B3", Level::Error, MO, |g| g.tensors(|t| assert!(t.remove(&format!("{O}.input_scale")).is_some()))),
+    ("B3", Level::Error, MO, |g| {
+        let name = format!("{O}.weight_global_scale");
+        g.tensors(|t| assert!(t.insert(name, (Dtype::F32, vec![], vec![0; 4])).is_none()))
+    }),
+    ("B4", Level::Error, MO, |g| g.scalars("input_scale", 1.0)),
+    ("B4", Level::Error, MO, |g| {
+        g.bytes(&format!("{O}.input_scale"), |b| *b = f32::NAN.to_le_bytes().to_vec())
+    }),
+    ("B5", Level::Error, MO, |g| {
+        g.bytes(&format!("{Q}.input_scale"), |b| *b = (f32_of(b) * 1.5).to_le_bytes().to_vec())
+    }),
+    ("B6", Level::Error, MO, |g| {
+        for (file, part, key) in [
+            ("config.json", "quantization_config", "ignore"),
+            ("hf_quant_config.json", "quantization", "exclude_modules"),
+        ] {
+            g.json(file, |v| v[part][key] = json!(["model.embed_tokens"]));
+        }
+    }),
+    ("B7", Level::Error, MO, |g| {
+        g.json("hf_quant_config.json", |v| v["quantization"]["kv_cache_quant_algo"] = json!("FP8"))
+    }),
+    ("B8", Level::Error, MO, |g| {
+        // Everything listed in config.json, one linear missing in the second file.
+        let linears: Vec<String> = (0..2)
+            .flat_map(|l| {
+                let names = [
+                    "self_attn.q_proj",
+                    "self_attn.k_proj",
+                    "self_attn.v_proj",
+                    "self_attn.o_proj",
+                    "mlp.gate_proj",
+                    "mlp.up_proj",
+                    "mlp.down_proj",
+                ];
+                names.map(|n| format!("model.layers.{l}.{n}"))
+            })
+            .collect();
+        let list = |names: &[String]| {
+            let how = json!({"quant_algo": "NVFP4", "group_size": 16});
+            Value::Object(names.iter().map(|name| (name.clone(), how.clone())).collect())
+        };
+        g.quantization(|q| {
+            q["quant_algo"] = json!("MIXED_PRECISION");
+            q["ignore"] = json!([]);
+            q["quantized_layers"] = list(&linears);
+        });
+        g.json("hf_quant_config.json", |v| {
+            v["quantization"]["quant_algo"] = json!("MIXED_PRECISION");
+            v["quantization"]["quantized_layers"] = list(&linears[1..]);
+        });
+    }),
+    ("S1", Level::Error, CT, |g| g.bytes("model.norm.weight", |b| b[0] ^= 1)),
+    ("S1", Level::Error, MO, |g| g.bytes("model.embed_tokens.weight", |b| b[100] ^= 1)),
+    ("S3", Level::Error, CT, |g| g.json("config.json", |c| c["rope_theta"] = json!(77.0))),
+    ("S4", Level::Error, CT, |g| g.bytes(&format!("{DOWN}.weight_packed"), |b| b[9] ^= 0x10)),
+    ("S4", Level::Error, MO, |g| g.bytes(&format!("{DOWN}.weight_scale"), |b| b[9] -= 1)),
+];
+
+/// Cases that differ from max calibration, so that only files of another method show one rule alone.
+const SEARCHED: &[Case] = &[
+    ("A7", Level::Error, CT, |g| g.bytes(&format!("{O}.weight_scale"), |b| b[3] |= 0x80)),
+    ("A8", Level::Warning, CT, |g| smaller_scales(g, 2)),
+    ("A8", Level::Error, CT, |g| smaller_scales(g, 4)),
+    ("S2", Level::Error, MO, |g| {
+        g.bytes(&format!("{DOWN}.weight"), |b| b.iter_mut().for_each(|byte| *byte = byte.rotate_left(4)))
+    }),
+];
+
+/// The same weights with block scales smaller by powers of two and a global scale larger by as much.
+fn smaller_scales(g: &Good, octaves: u8) {
+    g.tensors(|tensors| {
+        let scales = &mut tensors.get_mut(&format!("{O}.weight_scale")).unwrap().2;
+        scales.iter_mut().for_each(|scale| *scale -= 8 * octaves);
+        let global = &mut tensors.get_mut(&format!("{O}.weight_global_scale")).unwrap().2;
+        *global = (f32_of(global) * 0.5f32.powi(octaves as i32)).to_le_bytes().to_vec();
+    });
+}
+
+fn check(report: &Report, &(id, level, layout, _): &Case) {
+    let rule = report.rules.iter().find(|rule| rule.id == id).unwrap();
+    assert_eq!(rule.level, level, "{id} in {layout}: {report}");
+    assert!(!rule.findings.is_empty(), "{id} says what it found");
+    let broken: Vec<&str> = report.failed_rules().into_iter().filter(|other| *other != id).collect();
+    assert!(broken.is_empty(), "{id} in {layout} also broke {broken:?}: {report}");
+}
+
+#[test]
+fn each_corruption_breaks_exactly_its_rule() {
+    for (method, cases) in [("max", CASES), ("sweep", SEARCHED)] {
+        for case in cases {
+            let good = Good::of(case.2, method, |_| {});
+            (case.3)(&good);
+            check(&good.report(), case);
+        }
+    }
+}
+
+#[test]
+fn degenerate_content_is_a_warning() {
+    // Most weights zero in the source already: legal, and worth a look.
+    let good = Good::of(CT, "max", |tensors| {
+        let bytes = &mut tensors.get_mut(&format!("{DOWN}.weight")).unwrap().2;
+        bytes.chunks_exact_mut(2).enumerate().filter(|(i, _)| i % 5 != 0).for_each(|(_, b)| b.fill(0));
+    });
+    check(&good.report(), &("A17", Level::Warning, CT, |_| {}));
+}
+
+#[test]
+fn every_rule_is_broken_by_some_case() {
+    let report = Good::new(CT).report();
+    let cases: Vec<&str> = CASES.iter().chain(SEARCHED).map(|case| case.0).chain(["A17"]).collect();
+    let untested: Vec<&str> =
+        report.rules.iter().map(|rule| rule.id).filter(|id| !cases.contains(id)).collect();
+    assert!(untested.is_empty(), "{untested:?}");
+    assert_eq!(report.rules.len(), 18 + 8 + 4);
+}
+
+#[test]
+fn good_checkpoints_break_no_rule() {
+    for layout in [CT, MO] {
+        let report = Good::new(layout).report();
+        assert!(report.passed(), "{report}");
+        assert_eq!(report.tensors.len(), 14);
+        assert!((0.08..0.11).contains(&report.summary.mean_relative_error.unwrap()));
+    }
+    for foreign in [".", "peer"] {
+        let report = verify(&golden(foreign), None).unwrap();
+        assert!(report.passed(), "{report}");
+    }
+}

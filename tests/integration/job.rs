@@ -4,7 +4,7 @@ use std::fs;
 
 use serde_json::Value;
 
-use crate::support::{Distq, LAYERS, Scene, digests};
+use crate::support::{Distq, Scene, digests};
 
 /// Runs until a weight of `layer` turns out to be NaN, then repairs the source: a run that died on the way.
 fn stop_in_layer(scene: &Scene, layer: usize) {

@@ -17,7 +17,7 @@ pub struct Scene {
 }
 
 /// The tiny model's decoder layers.
-pub const LAYERS: usize = 6;
+const LAYERS: usize = 6;
 
 impl Scene {
     /// A Llama of six small layers with random weights.

@@ -101,11 +101,11 @@ fn one_head<T: Attend>(
         probabilities.clear();
         probabilities.resize(rows * width, zero);
         let mut sums = [0f32; QUERIES];
-        for row in 0..rows {
+        for (row, sum) in sums[..rows].iter_mut().enumerate() {
             let query = first + row;
             let seen = (query + 1).saturating_sub(reach).max(start) - start..query + 1 - start;
             let at = row * width + seen.start..row * width + seen.end;
-            sums[row] = softmax(&scores[at.clone()], scale, &mut probabilities[at]);
+            *sum = softmax(&scores[at.clone()], scale, &mut probabilities[at]);
         }
         part.clear();
         part.extend((0..dim).flat_map(|col| &v[col * n + start..col * n + last]).copied());

@@ -174,13 +174,13 @@ mod tests {
     fn norms_and_activations_follow_their_definitions() {
         let x: Vec<f32> = (0..37).map(|i| (i as f32 - 18.0) / 7.0).collect();
         let mut out = vec![f32::NAN; 37];
-        rms_norm(&x, &vec![2.0; 37], 1e-6, &mut out);
+        rms_norm(&x, &[2.0; 37], 1e-6, &mut out);
         let mean = x.iter().map(|x| (*x as f64).powi(2)).sum::<f64>() / 37.0;
         for (x, out) in x.iter().zip(&out) {
             assert!((*out as f64 - 2.0 * *x as f64 / (mean + 1e-6).sqrt()).abs() < 1e-5);
         }
         let mut gate = x.clone();
-        silu_mul(&mut gate, &vec![3.0; 37]);
+        silu_mul(&mut gate, &[3.0; 37]);
         for (x, got) in x.iter().zip(&gate) {
             assert!((*got as f64 - 3.0 * *x as f64 / (1.0 + (-*x as f64).exp())).abs() < 1e-5);
         }
