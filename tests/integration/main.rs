@@ -4,4 +4,5 @@ mod bad_input;
 mod families;
 mod job;
 mod ranks;
+mod smollm2;
 mod support;
