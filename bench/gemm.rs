@@ -15,7 +15,8 @@ fn products(c: &mut Criterion) {
         for compute in [Compute::Bf16, Compute::F32] {
             let cpu = Cpu::new(compute, threads).unwrap();
             let values = |n: usize| (0..n).map(|i| (i % 13) as f32 / 7.0 - 0.9).collect::<Vec<f32>>();
-            let (x, w) = (cpu.constant(&values(TOKENS * k), k).unwrap(), cpu.constant(&values(n * k), k).unwrap());
+            let (x, w) =
+                (cpu.constant(&values(TOKENS * k), k).unwrap(), cpu.constant(&values(n * k), k).unwrap());
             let mut out = cpu.activation(TOKENS, n).unwrap();
             let id = BenchmarkId::new(cpu.kernel(), format!("{TOKENS}x{n}x{k}"));
             group.bench_function(id, |b| b.iter(|| cpu.linear(&x, &w, None, &mut out).unwrap()));

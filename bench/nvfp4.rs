@@ -5,7 +5,9 @@ use distq::nvfp4::{self, Distance, GlobalScale};
 use half::bf16;
 
 fn weights(n: usize) -> Vec<bf16> {
-    (0..n as u32).map(|i| bf16::from_f32((i.wrapping_mul(2654435761) as f32 / u32::MAX as f32 - 0.5) * 0.1)).collect()
+    (0..n as u32)
+        .map(|i| bf16::from_f32((i.wrapping_mul(2654435761) as f32 / u32::MAX as f32 - 0.5) * 0.1))
+        .collect()
 }
 
 fn format(c: &mut Criterion) {

@@ -3,7 +3,7 @@
 use std::fs::{File, OpenOptions};
 use std::io;
 use std::os::fd::AsRawFd;
-use std::os::unix::fs::FileExt;
+use std::os::unix::fs::{FileExt, MetadataExt};
 use std::path::{Path, PathBuf};
 
 use super::placement::{Placement, Slot};
@@ -25,6 +25,7 @@ impl OutputFiles {
     /// Exit code 5: no space, no permission.
     pub fn create(dir: &Path, placement: &Placement) -> Result<OutputFiles> {
         let output = Self::opened(dir, placement, OpenOptions::new().read(true).write(true).create(true))?;
+        enough_space(dir, placement, &output.files)?;
         for ((path, file), shard) in output.files.iter().zip(&placement.shards) {
             reserve(file, shard.bytes).map_err(|e| {
                 let what =
@@ -87,6 +88,32 @@ impl OutputFiles {
         self.files
             .iter()
             .try_for_each(|(path, file)| file.sync_all().map_err(|e| failed("can't write", path, e)))
+    }
+}
+
+/// Compares what is still to be written with what is free: reserving would fill the disk before it fails.
+fn enough_space(dir: &Path, placement: &Placement, files: &[(PathBuf, File)]) -> Result<()> {
+    let reserved: u64 = files.iter().filter_map(|(_, file)| Some(file.metadata().ok()?.blocks() * 512)).sum();
+    let needed = placement.total_bytes().saturating_sub(reserved);
+    match free_space(&files[0].1) {
+        Some(free) if free < needed => Err(Error::run(format!(
+            "not enough space: the output needs {} more, the disk has {}",
+            binary(needed),
+            binary(free)
+        ))
+        .file(dir)
+        .fix("free some space, or choose another disk")),
+        _ => Ok(()),
+    }
+}
+
+/// Bytes that an ordinary user may still write to the file's disk.
+fn free_space(file: &File) -> Option<u64> {
+    // SAFETY: a statvfs is plain data, valid when zeroed; the call fills it.
+    unsafe {
+        let mut stat: libc::statvfs = std::mem::zeroed();
+        (libc::fstatvfs(file.as_raw_fd(), &mut stat) == 0)
+            .then(|| stat.f_bavail as u64 * stat.f_frsize as u64)
     }
 }
 
@@ -161,6 +188,6 @@ mod tests {
         let huge = Placement::new(&tensors, u64::MAX, &Map::new());
         let error = OutputFiles::create(dir.path(), &huge).unwrap_err();
         assert_eq!(error.exit, crate::error::ExitCode::Run);
-        assert!(error.to_string().contains("model.safetensors"), "{error}");
+        assert!(error.to_string().contains("not enough space: the output needs 8.00 TiB"), "{error}");
     }
 }

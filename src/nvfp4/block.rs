@@ -66,11 +66,13 @@ fn quantize_body<T: Element>(w: &[T], global: GlobalScale, codes: &mut [u8], sca
     let global = global.multiplier();
     for ((block, packed), scale) in w.chunks_exact(BLOCK).zip(codes.chunks_exact_mut(BLOCK / 2)).zip(scales) {
         let mut x = [0f32; BLOCK];
-        let mut amax = 0f32;
+        // The bits of non-negative floats order like the floats, and an integer maximum vectorizes.
+        let mut amax = 0u32;
         for (x, w) in x.iter_mut().zip(block) {
             *x = w.to_f32();
-            amax = amax.max(x.abs());
+            amax = amax.max(x.to_bits() & 0x7FFF_FFFF);
         }
+        let amax = f32::from_bits(amax);
         let s = amax / (6.0 * global);
         let s = if s == 0.0 { 1.0 } else { s };
         *scale = e4m3::encode(s.clamp(e4m3::MIN_POSITIVE, e4m3::MAX));

@@ -62,7 +62,9 @@ pub fn attention<T: Attend>(
 
 /// One head's columns of some rows, contiguous.
 fn gather<T: Scalar>(x: &[T], rows: std::ops::Range<usize>, cols: usize, first: usize, dim: usize) -> Vec<T> {
-    rows.flat_map(|row| &x[row * cols + first..][..dim]).copied().collect()
+    let mut out = Vec::with_capacity(rows.len() * dim);
+    rows.for_each(|row| out.extend_from_slice(&x[row * cols + first..][..dim]));
+    out
 }
 
 /// `[n, dim]` as `[dim, n]`.
@@ -108,7 +110,7 @@ fn one_head<T: Attend>(
             *sum = softmax(&scores[at.clone()], scale, &mut probabilities[at]);
         }
         part.clear();
-        part.extend((0..dim).flat_map(|col| &v[col * n + start..col * n + last]).copied());
+        (0..dim).for_each(|col| part.extend_from_slice(&v[col * n + start..col * n + last]));
         values.resize(rows * dim, 0.0);
         T::product(rows, dim, width, &probabilities, &part, &mut values);
         for (row, values) in values.chunks_exact_mut(dim).enumerate() {
