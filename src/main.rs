@@ -2,7 +2,7 @@
 
 mod cli;
 
-use std::io::Write;
+use std::io::{IsTerminal, Write};
 use std::process::ExitCode;
 
 use clap::Parser;
@@ -36,6 +36,7 @@ fn log(cli: &cli::Cli, cluster: &Cluster) {
     tracing_subscriber::fmt()
         .with_max_level(cli.level())
         .with_writer(std::io::stderr)
+        .with_ansi(std::io::stderr().is_terminal())
         .with_target(false)
         .without_time()
         .init();

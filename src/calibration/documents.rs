@@ -112,13 +112,16 @@ fn json_lines(path: &Path) -> Result<Documents> {
 }
 
 fn from_json(value: &Value) -> Option<Document> {
-    if let Some(ids) = value.get("input_ids") {
+    let present = |key: &str| value.get(key).filter(|value| !value.is_null());
+    if let Some(ids) = present("input_ids") {
         let ids = ids.as_array()?.iter().map(|id| id.as_u64().and_then(|id| u32::try_from(id).ok()));
         return ids.collect::<Option<Vec<u32>>>().map(Document::Ids);
     }
-    if let Some(messages) = value.get("messages") {
-        let well_formed = messages.as_array()?.iter().all(|message| message.get("role").is_some());
-        return well_formed.then(|| Document::Messages(messages.clone()));
+    if let Some(messages) = present("messages") {
+        let well_formed = |message: &Value| message["role"].is_string() && !message["content"].is_null();
+        let list = messages.as_array()?;
+        let good = !list.is_empty() && list.iter().all(well_formed);
+        return good.then(|| Document::Messages(messages.clone()));
     }
     KEYS.iter().find_map(|key| value.get(key)?.as_str()).map(|text| Document::Text(text.to_string()))
 }
@@ -207,6 +210,7 @@ mod tests {
         assert_eq!(documents[..3], [text("a"), text("b"), text("c")]);
         assert!(matches!(&documents[3], Document::Messages(m) if m[0]["content"] == "d"));
         assert_eq!(documents[4], Document::Ids(vec![1, 2, 3]));
+        assert_eq!(read("b.jsonl", b"{\"input_ids\": null, \"text\": \"x\"}").unwrap(), [text("x")]);
     }
 
     #[test]
@@ -215,6 +219,8 @@ mod tests {
             ("{\"text\": \"a\"}\n{oops\n", ["line 2", "not valid JSON"]),
             ("{\"body\": \"a\"}\n", ["line 1", "no document"]),
             ("{\"input_ids\": [1, -2]}\n", ["line 1", "no document"]),
+            ("{\"messages\": []}\n", ["line 1", "no document"]),
+            ("{\"messages\": [{\"role\": \"user\"}]}\n", ["line 1", "no document"]),
         ] {
             let error = read("a.jsonl", lines.as_bytes()).unwrap_err().to_string();
             assert!(words.iter().all(|word| error.contains(word)), "{error}");

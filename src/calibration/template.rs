@@ -32,6 +32,9 @@ impl ChatTemplate {
             Err(_) => (config_path, template_in(&config["chat_template"])),
         };
         let Some(template) = template else { return Ok(None) };
+        // A mark for training that Transformers strips as well; it is no tag of the language.
+        let mark = regex::Regex::new(r"\{%-?\s*(end)?generation\s*-?%\}").expect("the pattern is constant");
+        let template = mark.replace_all(&template, "").into_owned();
         let mut environment = Environment::new();
         let syntax = minijinja::syntax::SyntaxConfig::builder().trim_blocks(true).lstrip_blocks(true).build();
         let syntax = syntax.map_err(|e| Error::run(format!("chat template syntax: {e}")))?;
@@ -105,7 +108,7 @@ mod tests {
 
     #[test]
     fn templates_written_for_python_render() {
-        let template = "{{ bos_token }}{% for m in messages %}\n[{{ m['role'].upper() }}] {{ m.content.strip() }}\
+        let template = "{{ bos_token }}{% for m in messages %}{%- generation -%}{% endgeneration %}\n[{{ m['role'].upper() }}] {{ m.content.strip() }}\
                         {% endfor %}{% if add_generation_prompt %}go{% endif %}{{ eos_token }}";
         let text = rendered(template, json!([{"role": "user", "content": " hi "}])).unwrap();
         assert_eq!(text, "<s>[USER] hi</s>");
