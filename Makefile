@@ -17,7 +17,7 @@ MODEL ?= $(CACHE)/smollm2
 OUT   ?= $(CACHE)/demo-output
 NP    ?= 3
 
-.PHONY: all setup build fixtures demo test check bench third-party clean
+.PHONY: all setup build fixtures nvrtc demo test gpu-test check bench third-party clean
 
 all: build
 
@@ -40,6 +40,12 @@ $(PYTHON): | setup
 
 fixtures: $(CACHE)/smollm2/model.safetensors
 
+# The CUDA kernels are compiled by every test run, with or without a GPU.
+NVRTC := $(CACHE)/nvrtc/nvidia/cu13/lib
+nvrtc: $(NVRTC)
+$(NVRTC): | $(PYTHON)
+	@$(PYTHON) -m pip install --quiet --disable-pip-version-check --target $(CACHE)/nvrtc nvidia-cuda-nvrtc==13.0.88
+
 demo: build $(if $(filter $(CACHE)/smollm2,$(MODEL)),fixtures)
 	mpirun --oversubscribe -np $(NP) $(DISTQ) quantize $(MODEL) $(OUT) --overwrite --report $(CACHE)/demo-report.json
 	@$(DISTQ) verify $(OUT) --source $(MODEL) --json > $(CACHE)/demo-verify.json
@@ -50,8 +56,12 @@ check: setup
 	cargo clippy --release --all-targets --quiet -- -D warnings
 	RUSTDOCFLAGS="-D warnings" cargo doc --release --no-deps --quiet
 
-test: check fixtures
-	cargo test --release
+test: check fixtures nvrtc
+	LD_LIBRARY_PATH=$(CURDIR)/$(NVRTC):$$LD_LIBRARY_PATH cargo test --release
+
+# On a machine with a GPU: every operation against the CPU.
+gpu-test: setup
+	cargo test --release --test gpu
 
 # How fast: the number format, matrix products, and whole runs beside nvidia-modelopt.
 bench: build fixtures $(CACHE)/text/wiki_eval.txt

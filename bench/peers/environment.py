@@ -27,17 +27,20 @@ def peers_python() -> str:
     return str(python)
 
 
-def calibration(path: Path = CACHE / "calib16.jsonl") -> Path:
-    """16 documents cut at 512 tokens, as token ids: the same input for every program."""
+def calibration(number: int = 0) -> Path:
+    """16 documents cut at 512 tokens, as token ids: the same input for every program. Set `number` takes the
+    documents from 16 * number on."""
+    path = CACHE / f"calib16-{number}.jsonl"
     if not path.exists():
         program = (
             "import json,sys; from tokenizers import Tokenizer\n"
-            "t=Tokenizer.from_file(sys.argv[1]); lines=open(sys.argv[2],encoding='utf-8').readlines()[:16]\n"
+            "t=Tokenizer.from_file(sys.argv[1]); lines=open(sys.argv[2],encoding='utf-8').readlines()\n"
+            "first=16*int(sys.argv[4]); lines=lines[first:first+16]; assert len(lines)==16\n"
             "out=open(sys.argv[3],'w')\n"
             "for line in lines: out.write(json.dumps({'input_ids':t.encode(json.loads(line)['text']).ids[:512]})+'\\n')\n"
         )
         texts = CACHE / "text/calib_wiki.jsonl"
-        subprocess.run([peers_python(), "-c", program, str(SMOLLM2 / "tokenizer.json"), str(texts), str(path)], check=True)
+        subprocess.run([peers_python(), "-c", program, str(SMOLLM2 / "tokenizer.json"), str(texts), str(path), str(number)], check=True)
     return path
 
 

@@ -9,6 +9,10 @@
 //! sums are taken in f32.
 
 pub mod cpu;
+pub mod cuda;
+mod device;
+
+pub use device::{Device, DeviceChoice, OnBackend};
 
 use crate::checkpoint::SourceTensor;
 use crate::error::Result;

@@ -2,6 +2,7 @@
 
 use std::path::PathBuf;
 
+use distq::backend::DeviceChoice;
 use distq::calibration::{CalibOptions, Source};
 use distq::checkpoint::{Existing, Layout, Scheme};
 use distq::cluster::Cluster;
@@ -30,6 +31,9 @@ pub struct PlanArgs {
     /// Memory by rank, or one value for all, e.g. 118GiB,115GiB,22GiB. Default: what each host has.
     #[arg(long, value_delimiter = ',', value_parser = parse_bytes, value_name = "SIZE,...")]
     pub memory_per_rank: Vec<u64>,
+    /// Where to compute: auto (a GPU for each rank that finds one), cpu or cuda.
+    #[arg(long, default_value = "auto")]
+    pub device: DeviceChoice,
 }
 
 impl PlanArgs {
@@ -42,6 +46,7 @@ impl PlanArgs {
             ignore: self.ignore.clone(),
             layers_per_rank: self.layers_per_rank.clone(),
             memory_per_rank: self.memory_per_rank.clone(),
+            device: self.device,
         }
     }
 }
@@ -98,9 +103,6 @@ pub struct Args {
     method: Method,
     #[command(flatten)]
     calib: CalibArgs,
-    /// Where to compute: auto or cpu.
-    #[arg(long, default_value = "auto", value_parser = ["auto", "cpu"])]
-    device: String,
     /// Largest output file.
     #[arg(long, default_value = "5GB", value_parser = parse_bytes, value_name = "SIZE")]
     max_shard_size: u64,

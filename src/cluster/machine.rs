@@ -9,6 +9,8 @@ use std::path::{Path, PathBuf};
 pub enum MemoryKind {
     /// The host's memory.
     Host,
+    /// A card's own memory.
+    Device,
 }
 
 /// One rank's machine, as far as this rank may use it.

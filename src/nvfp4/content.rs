@@ -45,8 +45,8 @@ impl Content {
         content
     }
 
-    /// Adds another part of the same tensor.
-    pub fn add(&mut self, other: Content) {
+    /// This part and another of the same tensor.
+    pub fn and(mut self, other: Content) -> Content {
         self.elements += other.elements;
         self.zero_codes += other.zero_codes;
         self.saturated_codes += other.saturated_codes;
@@ -55,6 +55,7 @@ impl Content {
         self.lost_blocks += other.lost_blocks;
         self.invalid_scales += other.invalid_scales;
         self.largest_scale = self.largest_scale.max(other.largest_scale);
+        self
     }
 }
 
@@ -72,9 +73,9 @@ mod tests {
 
     #[test]
     fn bad_scales_are_counted() {
-        let mut content = Content::of(&[0x11; 8], &[0x00]);
-        content.add(Content::of(&[0x88; 8], &[0x80]));
-        content.add(Content::of(&[0x11; 8], &[0x7F]));
+        let content = Content::of(&[0x11; 8], &[0x00])
+            .and(Content::of(&[0x88; 8], &[0x80]))
+            .and(Content::of(&[0x11; 8], &[0x7F]));
         assert_eq!((content.lost_blocks, content.invalid_scales, content.zero_blocks), (1, 2, 1));
         assert_eq!(content.largest_scale, 0x80);
     }

@@ -17,23 +17,18 @@ impl Distance {
         let mut sum = Distance::default();
         let mut q = [0f32; BLOCK];
         let blocks = codes.chunks_exact(BLOCK / 2).zip(scales);
+        // In units of the global scale, so that squares neither overflow nor vanish.
+        let unit = global.divisor();
         for ((packed, scale), w) in blocks.zip(source.chunks_exact(BLOCK)) {
             dequantize(packed, std::slice::from_ref(scale), global, &mut q);
-            // f32 sums inside a block are exact enough (16 terms) and vectorize; f64 across blocks.
-            let (mut source, mut quantized, mut product, mut difference) = (0f32, 0f32, 0f32, 0f32);
-            for (w, q) in w.iter().zip(q) {
-                // In units of the global scale, so that squares neither overflow nor vanish.
-                let (w, q) = (w.to_f32() / global.multiplier(), q / global.multiplier());
-                source += w * w;
-                quantized += q * q;
-                product += w * q;
-                difference += (w - q) * (w - q);
-            }
+            let pairs: [(f32, f32); BLOCK] = std::array::from_fn(|i| (w[i].to_f32() * unit, q[i] * unit));
+            // Sixteen terms in f32 are exact enough; blocks are added in f64.
+            let total = |f: fn(f32, f32) -> f32| pairs.iter().map(|&(w, q)| f(w, q)).sum::<f32>() as f64;
             sum.add(Distance {
-                source: source as f64,
-                quantized: quantized as f64,
-                product: product as f64,
-                difference: difference as f64,
+                source: total(|w, _| w * w),
+                quantized: total(|_, q| q * q),
+                product: total(|w, q| w * q),
+                difference: total(|w, q| (w - q) * (w - q)),
             });
         }
         sum

@@ -13,7 +13,7 @@ use super::placing::{Placed, SCRATCH, place};
 use super::root::Root;
 use super::stage::Stage;
 use super::survey::{PlanOptions, Survey, survey};
-use crate::backend::cpu::Cpu;
+use crate::backend::{Backend, OnBackend};
 use crate::calibration::{CalibOptions, Calibration};
 use crate::checkpoint::{Existing, OutputDir, OutputFiles, copy_side_files, quantization_files};
 use crate::cluster::{Cluster, Outgoing, Pumped, Tag};
@@ -70,7 +70,7 @@ pub fn quantize(cluster: &Cluster, options: &Options) -> Result<()> {
         report::print(&surveyed.plan);
         calibration.summary.warnings.iter().for_each(|warning| tracing::warn!("{warning}"));
     }
-    let Survey { checkpoint, model, inventory, machine, backend, micro_batches, plan } = surveyed;
+    let Survey { checkpoint, model, inventory, machine, device, micro_batches, plan } = surveyed;
     let forward_until = options
         .plan
         .scheme
@@ -98,8 +98,15 @@ pub fn quantize(cluster: &Cluster, options: &Options) -> Result<()> {
     });
     let stage = plan.stage(cluster.rank());
     let next = plan.stages.get(plan.position(cluster.rank()) + 1).map(|stage| stage.rank);
-    let walk = Walk { job: &job, backend: &backend, slice: stage.layers.clone(), group: stage.group, next };
-    let phases = walk.run(cluster, files.as_ref(), ear.as_mut().map(|(_, root)| root))?;
+    let phases = device.run(Walk {
+        cluster,
+        job: &job,
+        slice: stage.layers.clone(),
+        group: stage.group,
+        next,
+        files: files.as_ref(),
+        root: ear.as_mut().map(|(_, root)| root),
+    })?;
     if let Some((_, root)) = &ear {
         root.progress.finish();
     }
@@ -107,7 +114,7 @@ pub fn quantize(cluster: &Cluster, options: &Options) -> Result<()> {
 
     let synced = files.as_ref().map_or(Ok(()), |files| files.sync());
     cluster.agree(synced)?;
-    let rank = RankReport::new(cluster, &machine, backend.kernel(), phases, job.checkpoint.bytes_mapped());
+    let rank = RankReport::new(cluster, &machine, device.name(), phases, job.checkpoint.bytes_mapped());
     let ranks = cluster.gather(&rank)?;
     cluster.from_root(|| {
         let (dir, root) = ear.expect("rank 0 has the output");
@@ -204,39 +211,31 @@ fn write_description(
 }
 
 /// One rank's part of the walk: a worker computes, the main thread moves messages.
-struct Walk<'a> {
+struct Walk<'a, 'r> {
+    cluster: &'a Cluster,
     job: &'a Job,
-    backend: &'a Cpu,
     slice: std::ops::Range<usize>,
     group: usize,
     next: Option<usize>,
+    files: Option<&'a OutputFiles>,
+    root: Option<&'r mut Root<'a>>,
 }
 
 /// Messages that a worker may have waiting for the main thread, and the other way round.
 const CHANNEL: usize = 8;
 
-impl Walk<'_> {
-    fn run(
-        self,
-        cluster: &Cluster,
-        files: Option<&OutputFiles>,
-        mut root: Option<&mut Root<'_>>,
-    ) -> Result<Phases> {
+impl OnBackend for Walk<'_, '_> {
+    type Output = Result<Phases>;
+
+    fn run<B: Backend>(self, backend: &B) -> Result<Phases> {
+        let Walk { cluster, job, slice, group, next, files, mut root } = self;
         let (to_main, outgoing) = bounded::<Outgoing>(CHANNEL);
         let (to_worker, incoming) = bounded::<Hidden>(CHANNEL);
         std::thread::scope(|scope| {
             let worker = scope.spawn(move || {
-                let outbox = Outbox::new(to_main.clone(), self.next);
-                let finisher = Finisher::new(self.backend, self.job, files, outbox.clone());
-                let stage = Stage {
-                    backend: self.backend,
-                    job: self.job,
-                    slice: self.slice,
-                    group: self.group,
-                    incoming,
-                    outbox,
-                    finisher,
-                };
+                let outbox = Outbox::new(to_main.clone(), next);
+                let finisher = Finisher::new(backend, job, files, outbox.clone());
+                let stage = Stage { backend, job, slice, group, incoming, outbox, finisher };
                 let result = stage.run();
                 if let Err(error) = &result {
                     let _ = to_main.send(Outgoing::Fail(error.clone()));

@@ -3,10 +3,10 @@
 use std::path::PathBuf;
 
 use super::inventory::Inventory;
-use crate::backend::cpu::Cpu;
+use crate::backend::{Device, DeviceChoice};
 use crate::calibration::{MicroBatch, micro_batches};
 use crate::checkpoint::{Checkpoint, Layout, Scheme};
-use crate::cluster::{Cluster, Machine};
+use crate::cluster::{Cluster, Machine, MemoryKind};
 use crate::error::{Error, Result};
 use crate::model::ModelConfig;
 use crate::planner::{Node, Plan, Work, plan};
@@ -26,6 +26,8 @@ pub struct PlanOptions {
     pub layers_per_rank: Option<Vec<usize>>,
     /// Bytes by rank that it may use, where the user chose them; one value serves all.
     pub memory_per_rank: Vec<u64>,
+    /// Where to compute.
+    pub device: DeviceChoice,
 }
 
 /// The model and the machines.
@@ -38,17 +40,13 @@ pub struct Survey {
     pub inventory: Inventory,
     /// This rank's machine.
     pub machine: Machine,
-    /// This rank's backend.
-    pub backend: Cpu,
+    /// This rank's device.
+    pub device: Device,
     /// The micro-batches.
     pub micro_batches: Vec<MicroBatch>,
     /// Who owns what.
     pub plan: Plan,
 }
-
-/// Tokens of a micro-batch. On a CPU a matrix product is as fast with 1024 rows as with more, and smaller
-/// micro-batches keep the ranks of a pipeline busy.
-const MICRO_BATCH_TOKENS: usize = 1024;
 
 /// The read rate assumed for planning. Measuring it would read weights; it only matters where a disk is
 /// slower than arithmetic.
@@ -78,17 +76,24 @@ pub fn survey(
     })?;
     let lengths = lengths(&model)?;
     let memory = cluster.agree(chosen_memory(cluster, &options.memory_per_rank))?;
-    let machine = Machine::here(cluster.host(), cluster.local_size(), memory);
-    let backend = cluster.agree(Cpu::new(inventory.compute, machine.threads))?;
+    let mut machine = Machine::here(cluster.host(), cluster.local_size(), memory);
+    let opened = Device::open(options.device, inventory.compute, cluster.local_rank(), machine.threads);
+    let device = cluster.agree(opened)?;
+    if let (Some(on_card), None) = (device.memory(), memory) {
+        (machine.memory, machine.kind) = (on_card, MemoryKind::Device);
+    }
+    let flops = cluster.agree(device.probe())?;
     let node = Node {
         rank: cluster.rank(),
         host: cluster.host().to_string(),
         memory: machine.memory,
-        flops: backend.probe(),
+        flops,
         read_rate: READ_RATE,
     };
     let nodes = cluster.gather(&node)?;
-    let batches = micro_batches(&lengths, MICRO_BATCH_TOKENS);
+    // Made once for the whole job: the smallest of what the devices like.
+    let tokens = cluster.all_gather(&device.micro_batch_tokens())?.into_iter().min().unwrap_or(1);
+    let batches = micro_batches(&lengths, tokens);
     let planned = cluster.from_root(|| {
         let work = Work {
             tokens: lengths.iter().sum::<usize>() as u64,
@@ -103,7 +108,7 @@ pub fn survey(
         let nodes = nodes.as_deref().unwrap_or_default();
         plan(nodes, &inventory.cost(&model), &work, options.layers_per_rank.as_deref())
     })?;
-    Ok(Survey { checkpoint, model, inventory, machine, backend, micro_batches: batches, plan: planned })
+    Ok(Survey { checkpoint, model, inventory, machine, device, micro_batches: batches, plan: planned })
 }
 
 fn open(options: &PlanOptions) -> Result<(Checkpoint, ModelConfig, Inventory)> {

@@ -1,6 +1,7 @@
 //! One pass over a quantized linear's bytes: what the rules about values need.
 
 use half::{bf16, f16};
+use rayon::prelude::*;
 use safetensors::Dtype;
 
 use super::scheme::LinearScheme;
@@ -52,9 +53,9 @@ pub fn scan_group(subject: &Subject, group: &Group) -> Vec<LinearScan> {
         let (codes, scales) = (subject.map(&names.codes)?, subject.map(&names.scales)?);
         let weight_global = subject.scalar(&names.weight_global)?;
         let global = multiplier(subject.layout, weight_global);
-        let mut content = Content::default();
-        let parts = codes.chunks(CHUNK / 2).zip(scales.chunks(CHUNK / BLOCK));
-        parts.for_each(|(codes, scales)| content.add(Content::of(codes, scales)));
+        let parts = codes.par_chunks(CHUNK / 2).zip(scales.par_chunks(CHUNK / BLOCK));
+        let content =
+            parts.map(|(codes, scales)| Content::of(codes, scales)).reduce(Content::default, Content::and);
         let compared = source.as_ref().filter(|s| s.shape == [linear.rows, linear.cols]).map(|source| {
             let (distance, differing) = compare(source, &codes, &scales, global, expected);
             let stored = subject.layout.unwrap_or(Layout::Modelopt).scalar(expected);
@@ -79,7 +80,8 @@ fn multiplier(layout: Option<Layout>, stored: f32) -> GlobalScale {
     GlobalScale::from_multiplier(if layout == Some(Layout::Modelopt) { stored } else { 1.0 / stored })
 }
 
-/// The distance to the source, and how many bytes max calibration would have chosen otherwise.
+/// The distance to the source, and how many bytes max calibration would have chosen otherwise. Parts are
+/// compared in parallel and added up in order.
 fn compare(
     source: &SourceTensor,
     codes: &[u8],
@@ -87,19 +89,23 @@ fn compare(
     global: GlobalScale,
     expected: GlobalScale,
 ) -> (Distance, usize) {
-    let mut distance = Distance::default();
-    let mut differing = 0;
-    let mut mine = (vec![0; CHUNK / 2], vec![0; CHUNK / BLOCK]);
-    let mut w = Vec::with_capacity(CHUNK);
-    let parts = codes.chunks(CHUNK / 2).zip(scales.chunks(CHUNK / BLOCK));
-    for (i, (codes, scales)) in parts.enumerate() {
-        widen(source, i * CHUNK..i * CHUNK + codes.len() * 2, &mut w);
-        distance.add(Distance::between(&w, codes, scales, global));
-        let (my_codes, my_scales) = (&mut mine.0[..codes.len()], &mut mine.1[..scales.len()]);
-        nvfp4::quantize(&w, expected, my_codes, my_scales);
-        differing += different(codes, my_codes) + different(scales, my_scales);
-    }
-    (distance, differing)
+    let parts = codes.par_chunks(CHUNK / 2).zip(scales.par_chunks(CHUNK / BLOCK)).enumerate();
+    let compared: Vec<(Distance, usize)> = parts
+        .map_init(
+            || (Vec::with_capacity(CHUNK), vec![0; CHUNK / 2], vec![0; CHUNK / BLOCK]),
+            |(w, my_codes, my_scales), (i, (codes, scales))| {
+                widen(source, i * CHUNK..i * CHUNK + codes.len() * 2, w);
+                let (my_codes, my_scales) = (&mut my_codes[..codes.len()], &mut my_scales[..scales.len()]);
+                nvfp4::quantize(w, expected, my_codes, my_scales);
+                let differing = different(codes, my_codes) + different(scales, my_scales);
+                (Distance::between(w, codes, scales, global), differing)
+            },
+        )
+        .collect();
+    compared.into_iter().fold((Distance::default(), 0), |(mut sum, count), (distance, differing)| {
+        sum.add(distance);
+        (sum, count + differing)
+    })
 }
 
 fn different(a: &[u8], b: &[u8]) -> usize {
@@ -124,10 +130,12 @@ fn widen(source: &SourceTensor, range: std::ops::Range<usize>, out: &mut Vec<f32
 
 fn source_amax(source: &SourceTensor) -> f32 {
     let elements: usize = source.shape.iter().product();
-    let mut w = Vec::with_capacity(CHUNK);
-    let chunks = (0..elements).step_by(CHUNK).map(|start| {
-        widen(source, start..elements.min(start + CHUNK), &mut w);
-        nvfp4::amax(&w)
-    });
-    chunks.fold(0.0, f32::max)
+    let chunks = (0..elements.div_ceil(CHUNK)).into_par_iter().map_init(
+        || Vec::with_capacity(CHUNK),
+        |w, i| {
+            widen(source, i * CHUNK..elements.min((i + 1) * CHUNK), w);
+            nvfp4::amax(w)
+        },
+    );
+    chunks.reduce(|| 0.0, f32::max)
 }

@@ -1,0 +1,53 @@
+// Maxima and quantization. Both read each weight once and are limited by memory.
+
+// slot = max(slot, max |x|). Non-negative floats order like their bits and NaN's are the largest, so an integer
+// maximum keeps NaN, and its result does not depend on the order of blocks.
+extern "C" __global__ void amax(const Element *x, u64 n, u32 *slot) {
+    u32 top = 0;
+    u64 stride = (u64)gridDim.x * blockDim.x;
+    for (u64 i = (u64)blockIdx.x * blockDim.x + threadIdx.x; i < n; i += stride)
+        top = max(top, __float_as_uint(get(x[i])) & 0x7FFFFFFF);
+    for (int lanes = 16; lanes > 0; lanes /= 2) top = max(top, __shfl_xor_sync(0xFFFFFFFF, top, lanes));
+    if (threadIdx.x % 32 == 0) atomicMax(slot, top);
+}
+
+// E2M1 by counting thresholds; ties go to the even code.
+__device__ __forceinline__ u32 e2m1(float x) {
+    float a = fabsf(x);
+    u32 index = (a > 0.25f) + (a >= 0.75f) + (a > 1.25f) + (a >= 1.75f) + (a > 2.5f) + (a >= 3.5f) + (a > 5.0f);
+    return index | (x < 0 ? 8 : 0);
+}
+
+// E4M3 of a value in [2^-9, 448], to nearest, ties to even.
+__device__ __forceinline__ u8 e4m3(float x) {
+    u32 subnormal = __float_as_uint(x + 16384.0f) & 0xFF;
+    u32 bits = __float_as_uint(x);
+    u32 normal = ((bits + 0x7FFFF + ((bits >> 20) & 1)) >> 20) - (120 << 3);
+    return (u8)(x < 1.0f / 64 ? subnormal : normal);
+}
+
+__device__ __forceinline__ float e4m3_value(u8 byte) {
+    u32 exponent = byte >> 3, mantissa = byte & 7;
+    return exponent == 0 ? mantissa * (1.0f / 512) : __uint_as_float(((exponent + 120) << 23) | (mantissa << 20));
+}
+
+// One thread a block of 16: eight bytes of codes and a scale. Divisions are correctly rounded (no fast math),
+// which makes the bytes those of the CPU.
+extern "C" __global__ void quantize(const Element *w, u64 blocks, float global, u64 *codes, u8 *scales) {
+    u64 block = (u64)blockIdx.x * blockDim.x + threadIdx.x;
+    if (block >= blocks) return;
+    float x[16];
+    u32 top = 0;
+    for (int i = 0; i < 16; i++) {
+        x[i] = get(w[block * 16 + i]);
+        top = max(top, __float_as_uint(x[i]) & 0x7FFFFFFF);
+    }
+    float s = __fdiv_rn(__uint_as_float(top), 6.0f * global);
+    s = s == 0 ? 1.0f : s;
+    u8 scale = e4m3(fminf(fmaxf(s, 1.0f / 512), 448.0f));
+    float step = e4m3_value(scale) * global;
+    u64 packed = 0;
+    for (int i = 0; i < 16; i++) packed |= (u64)e2m1(__fdiv_rn(x[i], step)) << (4 * i);
+    codes[block] = packed;
+    scales[block] = scale;
+}

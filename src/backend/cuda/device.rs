@@ -1,0 +1,181 @@
+//! One GPU: opening it, its matrix products, its errors.
+
+use std::collections::HashMap;
+use std::ffi::c_void;
+use std::sync::{Arc, Mutex};
+
+use cudarc::cublas::{CudaBlas, result as cublas, sys as cublas_sys};
+use cudarc::driver::{CudaContext, CudaFunction, CudaSlice, CudaStream, DriverError, sys};
+
+use super::Tensor;
+use super::kernels::{self, Kernels};
+use crate::backend::Compute;
+use crate::error::{Error, Result};
+
+/// The CUDA backend on one GPU.
+pub struct Cuda {
+    pub(super) compute: Compute,
+    pub(super) context: Arc<CudaContext>,
+    pub(super) stream: Arc<CudaStream>,
+    pub(super) kernels: Kernels,
+    pub(super) processors: i32,
+    blas: CudaBlas,
+    attention: Mutex<HashMap<usize, CudaFunction>>,
+    name: String,
+}
+
+/// How many GPUs there are: 0 where the driver is missing as well.
+pub fn available() -> usize {
+    // SAFETY: only looks for the library. Asking further without it would panic.
+    if !unsafe { sys::is_culib_present() } {
+        return 0;
+    }
+    CudaContext::device_count().unwrap_or(0).max(0) as usize
+}
+
+impl Cuda {
+    /// Opens GPU `ordinal` (among those that CUDA_VISIBLE_DEVICES shows).
+    ///
+    /// # Errors
+    /// Exit code 5: no such GPU, libraries that are missing, a GPU older than sm_80.
+    pub fn new(compute: Compute, ordinal: usize) -> Result<Cuda> {
+        let count = available();
+        if ordinal >= count {
+            return Err(Error::run(format!("there are {count} GPUs, number {ordinal} was asked for"))
+                .fix("start at most one rank a GPU, or use --device cpu"));
+        }
+        // SAFETY: only looks for the libraries.
+        let (nvrtc, blas) =
+            unsafe { (cudarc::nvrtc::sys::is_culib_present(), cublas_sys::is_culib_present()) };
+        if !nvrtc || !blas {
+            let missing = if nvrtc { "libcublas" } else { "libnvrtc" };
+            return Err(Error::run(format!("there is a GPU, but {missing} was not found")).fix(
+                "install the CUDA runtime libraries and put them on LD_LIBRARY_PATH, or use --device cpu",
+            ));
+        }
+        let open =
+            |e: DriverError| Error::run(format!("can't open GPU {ordinal}: {e}")).fix("check nvidia-smi");
+        let context = CudaContext::new(ordinal).map_err(open)?;
+        let (major, minor) = context.compute_capability().map_err(open)?;
+        if major < 8 {
+            return Err(Error::run(format!("GPU {ordinal} is sm_{major}{minor}; BF16 needs sm_80 or newer"))
+                .fix("use an Ampere or newer GPU, or --device cpu"));
+        }
+        let stream = context.new_stream().map_err(open)?;
+        let blas =
+            CudaBlas::new(stream.clone()).map_err(|e| Error::run(format!("can't start cuBLAS: {e}")))?;
+        let processors = context
+            .attribute(sys::CUdevice_attribute_enum::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT)
+            .map_err(open)?;
+        Ok(Cuda {
+            kernels: Kernels::new(&context, compute)?,
+            name: context.name().map_err(open)?,
+            compute,
+            stream,
+            processors,
+            blas,
+            attention: Mutex::default(),
+            context,
+        })
+    }
+
+    /// The card's name.
+    pub fn name(&self) -> &str {
+        &self.name
+    }
+
+    /// Bytes that are free on the card now.
+    pub fn free_memory(&self) -> u64 {
+        self.context.mem_get_info().map_or(0, |(free, _)| free as u64)
+    }
+
+    /// FLOP/s of matrix products, from a few of them.
+    pub fn probe(&self) -> Result<f64> {
+        let n = 4096;
+        let (x, w) = (Tensor::zeros(self, n, n)?, Tensor::zeros(self, n, n)?);
+        let mut out = Tensor::zeros(self, n, n)?;
+        self.product(&x, &w, &mut out)?;
+        self.synchronize()?;
+        let started = std::time::Instant::now();
+        for _ in 0..4 {
+            self.product(&x, &w, &mut out)?;
+        }
+        self.synchronize()?;
+        Ok(4.0 * 2.0 * (n as f64).powi(3) / started.elapsed().as_secs_f64())
+    }
+
+    pub(super) fn synchronize(&self) -> Result<()> {
+        self.stream.synchronize().map_err(|e| self.failed("finish", e))
+    }
+
+    /// `out = x · wᵀ`. cuBLAS thinks in columns: `outᵀ = w · xᵀ`, where our rows are its columns.
+    pub(super) fn product(&self, x: &Tensor, w: &Tensor, out: &mut Tensor) -> Result<()> {
+        let (m, n, k) = (x.rows as i32, w.rows as i32, x.cols as i32);
+        if m == 0 {
+            return Ok(());
+        }
+        let (one, zero) = (1f32, 0f32);
+        let dtype = match self.compute {
+            Compute::Bf16 => cublas_sys::cudaDataType::CUDA_R_16BF,
+            Compute::F32 => cublas_sys::cudaDataType::CUDA_R_32F,
+        };
+        // SAFETY: the matrices have the shapes given, on this device, and live until the stream has passed.
+        let done = unsafe {
+            cublas::gemm_ex(
+                *self.blas.handle(),
+                cublas_sys::cublasOperation_t::CUBLAS_OP_T,
+                cublas_sys::cublasOperation_t::CUBLAS_OP_N,
+                n,
+                m,
+                k,
+                (&raw const one).cast::<c_void>(),
+                w.pointer(self) as *const c_void,
+                dtype,
+                k,
+                x.pointer(self) as *const c_void,
+                dtype,
+                k,
+                (&raw const zero).cast::<c_void>(),
+                out.pointer(self) as *mut c_void,
+                dtype,
+                n,
+                cublas_sys::cublasComputeType_t::CUBLAS_COMPUTE_32F,
+                cublas_sys::cublasGemmAlgo_t::CUBLAS_GEMM_DEFAULT,
+            )
+        };
+        done.map_err(|e| {
+            Error::run(format!("cuBLAS on {}: a {m} x {n} x {k} product failed: {e}", self.name))
+        })
+    }
+
+    /// The attention kernel for heads of `dim` features, compiled when first asked for.
+    pub(super) fn attention_kernel(&self, dim: usize) -> Result<CudaFunction> {
+        if dim > 256 {
+            return Err(Error::run(format!("heads of {dim} features do not fit the GPU's attention kernel"))
+                .fix("use --device cpu"));
+        }
+        let mut known = self.attention.lock().expect("no holder of this lock panics");
+        if let Some(kernel) = known.get(&dim) {
+            return Ok(kernel.clone());
+        }
+        let kernel = kernels::attention(&self.context, self.compute, dim)?;
+        known.insert(dim, kernel.clone());
+        Ok(kernel)
+    }
+
+    pub(super) fn read(&self, from: &mut CudaSlice<u8>, to: &mut [u8]) -> Result<()> {
+        self.stream.memcpy_dtoh(from, to).map_err(|e| self.failed("copy from the card", e))?;
+        self.synchronize()
+    }
+
+    pub(super) fn failed(&self, what: &str, error: DriverError) -> Error {
+        let out_of_memory = error.0 == sys::CUresult::CUDA_ERROR_OUT_OF_MEMORY;
+        let error = Error::run(format!("{}: can't {what}: {error}", self.name));
+        if out_of_memory {
+            let free = crate::units::binary(self.free_memory());
+            return error
+                .fix(format!("{free} are free on the card: end other programs on it, or use --device cpu"));
+        }
+        error.fix("check the card with nvidia-smi, then use --resume")
+    }
+}

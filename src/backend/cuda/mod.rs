@@ -1,0 +1,241 @@
+//! The CUDA backend: one GPU, one stream, BF16 or F32 arithmetic with F32 sums.
+//!
+//! The driver, cuBLAS and NVRTC are loaded when a GPU is asked for, so the same binary runs where there is
+//! none. Kernels (`kernels/*.cu`) are compiled for the GPU at hand when the backend starts.
+
+mod device;
+mod kernels;
+mod tensor;
+
+use std::sync::Mutex;
+
+use cudarc::driver::{DevicePtr, LaunchConfig};
+
+pub use device::{Cuda, available};
+pub use tensor::Tensor;
+
+use super::{Backend, Compute, Heads};
+use crate::checkpoint::SourceTensor;
+use crate::error::{Error, Result};
+use crate::nvfp4::{BLOCK, GlobalScale};
+use kernels::launch;
+
+/// A list of `u32` on the GPU, with a copy here: bounds are read on both sides.
+pub struct Index {
+    device: cudarc::driver::CudaSlice<u32>,
+    host: Vec<u32>,
+}
+
+/// Running maxima on the GPU, as bits of non-negative floats.
+pub struct Amax(Mutex<cudarc::driver::CudaSlice<u32>>);
+
+/// Threads of a block where each takes one element.
+const THREADS: u32 = 256;
+
+/// One thread for each of `n` elements.
+fn threads_for(n: usize) -> LaunchConfig {
+    LaunchConfig {
+        grid_dim: (n.div_ceil(THREADS as usize) as u32, 1, 1),
+        block_dim: (THREADS, 1, 1),
+        shared_mem_bytes: 0,
+    }
+}
+
+impl Cuda {
+    fn pointer(&self, index: &Index) -> u64 {
+        index.device.device_ptr(&self.stream).0
+    }
+
+    fn observe_into(&self, x: &Tensor, slot: u64) -> Result<()> {
+        let n = (x.rows * x.cols) as u64;
+        // Enough blocks to fill the card; each walks over its share.
+        let blocks = n.div_ceil(THREADS as u64 * 8).min(self.processors as u64 * 8) as u32;
+        let config =
+            LaunchConfig { grid_dim: (blocks.max(1), 1, 1), block_dim: (THREADS, 1, 1), shared_mem_bytes: 0 };
+        launch!(self, &self.kernels.amax, config, x.pointer(self), n, slot)
+    }
+}
+
+impl Backend for Cuda {
+    type Tensor = Tensor;
+    type Index = Index;
+    type Amax = Amax;
+
+    fn compute(&self) -> Compute {
+        self.compute
+    }
+
+    fn load(&self, source: &SourceTensor) -> Result<Tensor> {
+        Tensor::load(self, source)
+    }
+
+    fn activation(&self, rows: usize, cols: usize) -> Result<Tensor> {
+        Tensor::zeros(self, rows, cols)
+    }
+
+    fn set_rows(&self, x: &mut Tensor, rows: usize) {
+        x.set_rows(rows);
+    }
+
+    fn upload(&self, bytes: &[u8], x: &mut Tensor) -> Result<()> {
+        x.upload(self, bytes)
+    }
+
+    fn download(&self, x: &Tensor, bytes: &mut Vec<u8>) -> Result<()> {
+        x.download(self, bytes)
+    }
+
+    fn index(&self, values: &[u32]) -> Result<Index> {
+        let device = self.stream.clone_htod(values).map_err(|e| self.failed("copy a list", e))?;
+        Ok(Index { device, host: values.to_vec() })
+    }
+
+    fn constant(&self, values: &[f32], cols: usize) -> Result<Tensor> {
+        Tensor::constant(self, values, cols)
+    }
+
+    fn embed(&self, table: &Tensor, ids: &Index, out: &mut Tensor) -> Result<()> {
+        let config = LaunchConfig {
+            grid_dim: (out.rows as u32, 1, 1),
+            block_dim: (THREADS, 1, 1),
+            shared_mem_bytes: 0,
+        };
+        let (table_at, to) = (table.pointer(self), out.pointer(self));
+        launch!(self, &self.kernels.embed, config, table_at, self.pointer(ids), table.cols as i32, to)
+    }
+
+    fn rms_norm(&self, x: &Tensor, weight: &Tensor, eps: f32, out: &mut Tensor) -> Result<()> {
+        let config =
+            LaunchConfig { grid_dim: (x.rows as u32, 1, 1), block_dim: (256, 1, 1), shared_mem_bytes: 0 };
+        let (from, weight, to) = (x.pointer(self), weight.pointer(self), out.pointer(self));
+        launch!(self, &self.kernels.rms_norm, config, from, weight, x.cols as i32, eps, to)
+    }
+
+    fn linear(&self, x: &Tensor, weight: &Tensor, bias: Option<&Tensor>, out: &mut Tensor) -> Result<()> {
+        self.product(x, weight, out)?;
+        match bias {
+            None => Ok(()),
+            Some(bias) => {
+                let n = out.rows * out.cols;
+                let (to, bias) = (out.pointer(self), bias.pointer(self));
+                launch!(self, &self.kernels.add_bias, threads_for(n), to, bias, out.cols as i32, n as u64)
+            }
+        }
+    }
+
+    fn rope(&self, x: &mut Tensor, dim: usize, cos: &Tensor, sin: &Tensor, rows: &Index) -> Result<()> {
+        let pairs = x.rows * x.cols / 2;
+        let (x_at, cos, sin, rows) =
+            (x.pointer(self), cos.pointer(self), sin.pointer(self), self.pointer(rows));
+        let config = threads_for(pairs);
+        launch!(
+            self,
+            &self.kernels.rope,
+            config,
+            x_at,
+            cos,
+            sin,
+            rows,
+            dim as i32,
+            x.cols as i32,
+            pairs as u64
+        )
+    }
+
+    fn attention(
+        &self,
+        q: &Tensor,
+        k: &Tensor,
+        v: &Tensor,
+        bounds: &Index,
+        heads: Heads,
+        scale: f32,
+        window: Option<usize>,
+        out: &mut Tensor,
+    ) -> Result<()> {
+        let kernel = self.attention_kernel(heads.dim)?;
+        let longest = bounds.host.windows(2).map(|pair| pair[1] - pair[0]).max().unwrap_or(0);
+        let documents = bounds.host.len() as u32 - 1;
+        let grid_dim = match self.compute {
+            Compute::Bf16 => (longest.div_ceil(64), heads.heads as u32, documents),
+            Compute::F32 => (q.rows as u32, heads.heads as u32, 1),
+        };
+        let config = LaunchConfig { grid_dim, block_dim: (128, 1, 1), shared_mem_bytes: 0 };
+        let window = window.map_or(i32::MAX, |window| window.min(i32::MAX as usize) as i32);
+        let (q, k, v, to) = (q.pointer(self), k.pointer(self), v.pointer(self), out.pointer(self));
+        let (heads, kv_heads) = (heads.heads as i32, heads.kv_heads as i32);
+        launch!(self, &kernel, config, q, k, v, self.pointer(bounds), heads, kv_heads, scale, window, to)
+    }
+
+    fn silu_mul(&self, gate: &mut Tensor, up: &Tensor) -> Result<()> {
+        let n = gate.rows * gate.cols;
+        let (gate, up) = (gate.pointer(self), up.pointer(self));
+        launch!(self, &self.kernels.silu_mul, threads_for(n), gate, up, n as u64)
+    }
+
+    fn add(&self, x: &mut Tensor, y: &Tensor) -> Result<()> {
+        let n = x.rows * x.cols;
+        let (x, y) = (x.pointer(self), y.pointer(self));
+        launch!(self, &self.kernels.add, threads_for(n), x, y, n as u64)
+    }
+
+    fn amax(&self, slots: usize) -> Result<Amax> {
+        let slots = self.stream.alloc_zeros(slots).map_err(|e| self.failed("allocate maxima", e))?;
+        Ok(Amax(Mutex::new(slots)))
+    }
+
+    fn observe(&self, x: &Tensor, amax: &mut Amax, slot: usize) -> Result<()> {
+        let slots = amax.0.get_mut().expect("no holder of this lock panics");
+        let at = slots.device_ptr(&self.stream).0 + 4 * slot as u64;
+        self.observe_into(x, at)
+    }
+
+    fn read_amax(&self, amax: &Amax) -> Result<Vec<f32>> {
+        let slots = amax.0.lock().expect("no holder of this lock panics");
+        let bits = self.stream.clone_dtoh(&*slots).map_err(|e| self.failed("read maxima", e))?;
+        Ok(bits.into_iter().map(f32::from_bits).collect())
+    }
+
+    fn weight_amax(&self, weight: &Tensor) -> Result<f32> {
+        let mut slot = Backend::amax(self, 1)?;
+        self.observe(weight, &mut slot, 0)?;
+        Ok(self.read_amax(&slot)?[0])
+    }
+
+    fn quantize(
+        &self,
+        weight: &Tensor,
+        global: GlobalScale,
+        codes: &mut [u8],
+        scales: &mut [u8],
+    ) -> Result<()> {
+        let blocks = weight.rows * weight.cols / BLOCK;
+        if (codes.len(), scales.len()) != (blocks * BLOCK / 2, blocks) {
+            return Err(Error::run("codes and scales do not fit the weight"));
+        }
+        // SAFETY: the kernel below writes every byte before the copies, on the same stream, read them.
+        let (mut on_card, mut scales_on_card) = unsafe {
+            let codes = self.stream.alloc::<u8>(codes.len());
+            let scales = self.stream.alloc::<u8>(scales.len());
+            (
+                codes.map_err(|e| self.failed("allocate codes", e))?,
+                scales.map_err(|e| self.failed("allocate scales", e))?,
+            )
+        };
+        let (to, scales_to) = (on_card.device_ptr(&self.stream).0, scales_on_card.device_ptr(&self.stream).0);
+        let from = weight.pointer(self);
+        let config = threads_for(blocks);
+        launch!(
+            self,
+            &self.kernels.quantize,
+            config,
+            from,
+            blocks as u64,
+            global.multiplier(),
+            to,
+            scales_to
+        )?;
+        self.read(&mut on_card, codes)?;
+        self.read(&mut scales_on_card, scales)
+    }
+}

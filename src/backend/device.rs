@@ -1,0 +1,100 @@
+//! Which device a rank computes on.
+
+use std::str::FromStr;
+
+use super::{Backend, Compute, cpu::Cpu, cuda, cuda::Cuda};
+use crate::error::{Error, Result};
+
+/// What the user asked for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum DeviceChoice {
+    /// A GPU where there is one for this rank, else the CPU.
+    Auto,
+    /// The CPU.
+    Cpu,
+    /// A GPU, or an error.
+    Cuda,
+}
+
+impl FromStr for DeviceChoice {
+    type Err = Error;
+
+    fn from_str(text: &str) -> Result<DeviceChoice> {
+        match text {
+            "auto" => Ok(DeviceChoice::Auto),
+            "cpu" => Ok(DeviceChoice::Cpu),
+            "cuda" => Ok(DeviceChoice::Cuda),
+            other => Err(Error::usage(format!("there is no device {other:?}")).fix("use auto, cpu or cuda")),
+        }
+    }
+}
+
+/// A rank's device.
+pub enum Device {
+    /// The CPU.
+    Cpu(Cpu),
+    /// A GPU.
+    Cuda(Box<Cuda>),
+}
+
+impl Device {
+    /// Opens the device for the rank that is `local_rank` on its host.
+    ///
+    /// # Errors
+    /// Exit code 5 where a GPU was asked for, or is there, and can't be used.
+    pub fn open(choice: DeviceChoice, compute: Compute, local_rank: usize, threads: usize) -> Result<Device> {
+        let has_own_gpu = || local_rank < cuda::available();
+        if choice == DeviceChoice::Cuda || (choice == DeviceChoice::Auto && has_own_gpu()) {
+            return Ok(Device::Cuda(Box::new(Cuda::new(compute, local_rank)?)));
+        }
+        Ok(Device::Cpu(Cpu::new(compute, threads)?))
+    }
+
+    /// What runs the matrix products, for the report.
+    pub fn name(&self) -> &str {
+        match self {
+            Device::Cpu(cpu) => cpu.kernel(),
+            Device::Cuda(cuda) => cuda.name(),
+        }
+    }
+
+    /// Free memory of a card; none where the device shares the host's.
+    pub fn memory(&self) -> Option<u64> {
+        match self {
+            Device::Cpu(_) => None,
+            Device::Cuda(cuda) => Some(cuda.free_memory()),
+        }
+    }
+
+    /// Measured FLOP/s of matrix products.
+    pub fn probe(&self) -> Result<f64> {
+        match self {
+            Device::Cpu(cpu) => Ok(cpu.probe()),
+            Device::Cuda(cuda) => cuda.probe(),
+        }
+    }
+
+    /// Tokens of a micro-batch: as many as keep the device's matrix products at their full rate.
+    pub fn micro_batch_tokens(&self) -> usize {
+        match self {
+            Device::Cpu(_) => 1024,
+            Device::Cuda(_) => 8192,
+        }
+    }
+
+    /// Runs `job` with the backend behind this device.
+    pub fn run<J: OnBackend>(&self, job: J) -> J::Output {
+        match self {
+            Device::Cpu(cpu) => job.run(cpu),
+            Device::Cuda(cuda) => job.run(cuda.as_ref()),
+        }
+    }
+}
+
+/// Work that is written once for every backend.
+pub trait OnBackend {
+    /// What it yields.
+    type Output;
+    /// Does it.
+    fn run<B: Backend>(self, backend: &B) -> Self::Output;
+}

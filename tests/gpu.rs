@@ -1,0 +1,270 @@
+//! Every operation on a GPU against the CPU, on random inputs. Run on a machine with a GPU:
+//!
+//! ```text
+//! cargo test --release --test gpu
+//! ```
+//!
+//! Without a GPU the tests say so and end; `make test` compiles the kernels all the same.
+
+use distq::backend::cpu::Cpu;
+use distq::backend::cuda::{Cuda, available};
+use distq::backend::{Backend, Compute, Heads};
+use distq::checkpoint::SourceTensor;
+use distq::nvfp4::GlobalScale;
+use half::bf16;
+use safetensors::Dtype;
+
+/// Numbers that differ from run to run would hide what failed; these differ from call to call.
+struct Random(u64);
+
+impl Random {
+    fn next(&mut self) -> f32 {
+        self.0 = self.0.wrapping_mul(6364136223846793005).wrapping_add(1442695040888963407);
+        ((self.0 >> 40) as f32 / (1u64 << 24) as f32 - 0.5) * 2.0
+    }
+
+    fn values(&mut self, n: usize) -> Vec<f32> {
+        (0..n).map(|_| bf16::from_f32(self.next() * 2.0).to_f32()).collect()
+    }
+}
+
+/// Both backends, or none where there is no GPU.
+fn backends(compute: Compute) -> Option<(Cpu, Cuda)> {
+    if available() == 0 {
+        println!("skipped: there is no GPU here");
+        return None;
+    }
+    Some((Cpu::new(compute, 4).unwrap(), Cuda::new(compute, 0).unwrap()))
+}
+
+fn bytes(compute: Compute, values: &[f32]) -> Vec<u8> {
+    match compute {
+        Compute::F32 => bytemuck::cast_slice(values).to_vec(),
+        Compute::Bf16 => values.iter().flat_map(|&x| bf16::from_f32(x).to_le_bytes()).collect(),
+    }
+}
+
+fn values(compute: Compute, bytes: &[u8]) -> Vec<f32> {
+    match compute {
+        Compute::F32 => bytemuck::pod_collect_to_vec(bytes),
+        Compute::Bf16 => bytes.chunks_exact(2).map(|b| bf16::from_le_bytes([b[0], b[1]]).to_f32()).collect(),
+    }
+}
+
+/// An activation with these values.
+fn upload<B: Backend>(backend: &B, rows: usize, cols: usize, x: &[f32]) -> B::Tensor {
+    let mut tensor = backend.activation(rows, cols).unwrap();
+    backend.upload(&bytes(backend.compute(), x), &mut tensor).unwrap();
+    tensor
+}
+
+/// An output full of NaN: an element that is not written shows.
+fn poisoned<B: Backend>(backend: &B, rows: usize, cols: usize) -> B::Tensor {
+    upload(backend, rows, cols, &vec![f32::NAN; rows * cols])
+}
+
+fn download<B: Backend>(backend: &B, x: &B::Tensor) -> Vec<f32> {
+    let mut bytes = vec![];
+    backend.download(x, &mut bytes).unwrap();
+    values(backend.compute(), &bytes)
+}
+
+/// What an operation gives on a backend.
+trait Operation {
+    fn on<B: Backend>(&self, backend: &B) -> Vec<f32>;
+}
+
+fn agree(name: &str, operation: &impl Operation) {
+    for (compute, tolerance) in [(Compute::Bf16, 1e-2), (Compute::F32, 1e-5)] {
+        let Some((cpu, cuda)) = backends(compute) else { return };
+        let (expected, got) = (operation.on(&cpu), operation.on(&cuda));
+        assert_eq!(expected.len(), got.len());
+        let squares = |x: &mut dyn Iterator<Item = f64>| x.map(|x| x * x).sum::<f64>();
+        let difference = squares(&mut expected.iter().zip(&got).map(|(a, b)| (a - b) as f64));
+        let error = (difference / squares(&mut expected.iter().map(|&x| x as f64))).sqrt();
+        assert!(error < tolerance, "{name} in {compute:?}: relative error {error:e}");
+    }
+}
+
+struct Linear(usize, usize, usize, bool);
+
+impl Operation for Linear {
+    fn on<B: Backend>(&self, b: &B) -> Vec<f32> {
+        let (mut r, &Linear(m, n, k, biased)) = (Random(1), self);
+        let (x, w, bias) =
+            (upload(b, m, k, &r.values(m * k)), upload(b, n, k, &r.values(n * k)), r.values(n));
+        let bias = biased.then(|| b.constant(&bias, n).unwrap());
+        let mut out = poisoned(b, m, n);
+        b.linear(&x, &w, bias.as_ref(), &mut out).unwrap();
+        download(b, &out)
+    }
+}
+
+#[test]
+fn linear() {
+    for (m, n, k) in [(1, 16, 16), (7, 48, 32), (130, 576, 576), (300, 192, 1536)] {
+        agree("linear", &Linear(m, n, k, false));
+        agree("linear with bias", &Linear(m, n, k, true));
+    }
+}
+
+struct RmsNorm(usize, usize);
+
+impl Operation for RmsNorm {
+    fn on<B: Backend>(&self, b: &B) -> Vec<f32> {
+        let mut r = Random(2);
+        let x = upload(b, self.0, self.1, &r.values(self.0 * self.1));
+        let weight = b.constant(&r.values(self.1), self.1).unwrap();
+        let mut out = poisoned(b, self.0, self.1);
+        b.rms_norm(&x, &weight, 1e-5, &mut out).unwrap();
+        download(b, &out)
+    }
+}
+
+#[test]
+fn rms_norm() {
+    for (rows, cols) in [(1, 16), (5, 576), (3, 12288), (64, 100)] {
+        agree("rms_norm", &RmsNorm(rows, cols));
+    }
+}
+
+struct Rope(usize, usize);
+
+impl Operation for Rope {
+    fn on<B: Backend>(&self, b: &B) -> Vec<f32> {
+        let (mut r, &Rope(heads, dim)) = (Random(3), self);
+        let mut x = upload(b, 9, heads * dim, &r.values(9 * heads * dim));
+        let angles: Vec<f32> = (0..40 * dim / 2).map(|i| i as f32 * 0.37).collect();
+        let part = |f: fn(f32) -> f32| angles.iter().map(|&a| f(a)).collect::<Vec<f32>>();
+        let (cos, sin) =
+            (b.constant(&part(f32::cos), dim / 2).unwrap(), b.constant(&part(f32::sin), dim / 2).unwrap());
+        let rows = b.index(&[0, 1, 2, 39, 5, 5, 7, 0, 11]).unwrap();
+        b.rope(&mut x, dim, &cos, &sin, &rows).unwrap();
+        download(b, &x)
+    }
+}
+
+#[test]
+fn rope() {
+    agree("rope", &Rope(3, 64));
+    agree("rope", &Rope(2, 10));
+}
+
+struct Elementwise;
+
+impl Operation for Elementwise {
+    fn on<B: Backend>(&self, b: &B) -> Vec<f32> {
+        let mut r = Random(4);
+        let mut gate = upload(b, 33, 96, &r.values(33 * 96));
+        let up = upload(b, 33, 96, &r.values(33 * 96));
+        b.silu_mul(&mut gate, &up).unwrap();
+        b.add(&mut gate, &up).unwrap();
+        let table = upload(b, 50, 24, &r.values(50 * 24));
+        let mut rows = poisoned(b, 4, 24);
+        b.embed(&table, &b.index(&[49, 0, 7, 7]).unwrap(), &mut rows).unwrap();
+        let mut all = download(b, &gate);
+        all.extend(download(b, &rows));
+        all
+    }
+}
+
+#[test]
+fn elementwise() {
+    agree("silu_mul, add, embed", &Elementwise);
+}
+
+struct Attention(Vec<u32>, Heads, Option<usize>);
+
+impl Operation for Attention {
+    fn on<B: Backend>(&self, b: &B) -> Vec<f32> {
+        let (mut r, Attention(bounds, h, window)) = (Random(5), self);
+        let n = *bounds.last().unwrap() as usize;
+        let (q_cols, kv_cols) = (h.heads * h.dim, h.kv_heads * h.dim);
+        let q = upload(b, n, q_cols, &r.values(n * q_cols));
+        let k = upload(b, n, kv_cols, &r.values(n * kv_cols));
+        let v = upload(b, n, kv_cols, &r.values(n * kv_cols));
+        let mut out = poisoned(b, n, q_cols);
+        let scale = (h.dim as f32).powf(-0.5);
+        b.attention(&q, &k, &v, &b.index(bounds).unwrap(), *h, scale, *window, &mut out).unwrap();
+        download(b, &out)
+    }
+}
+
+#[test]
+fn attention() {
+    let heads = |heads, kv_heads, dim| Heads { heads, kv_heads, dim };
+    for (bounds, heads, window) in [
+        (vec![0, 1], heads(2, 1, 16), None),
+        (vec![0, 64, 65, 193], heads(9, 3, 64), None),
+        (vec![0, 300], heads(4, 2, 128), Some(1)),
+        (vec![0, 40, 340], heads(4, 2, 128), Some(70)),
+        (vec![0, 513], heads(3, 3, 10), None),
+        (vec![0, 130], heads(2, 1, 256), Some(64)),
+    ] {
+        agree("attention", &Attention(bounds, heads, window));
+    }
+}
+
+/// Weights with ties, zeros, tiny and huge blocks, negative zeros.
+fn edge_weights() -> Vec<f32> {
+    let mut r = Random(6);
+    let mut w = r.values(64 * 256);
+    for (i, block) in w.chunks_mut(16).enumerate() {
+        match i % 7 {
+            1 => block.fill(0.0),
+            2 => block.iter_mut().for_each(|x| *x *= 1e-9),
+            3 => block.iter_mut().for_each(|x| *x = -0.0 * x.signum()),
+            4 => block.copy_from_slice(&[
+                0.25, 0.75, 1.25, 1.75, 2.5, 3.5, 5.0, 6.0, -0.25, -0.75, -1.25, -1.75, -2.5, -3.5, -5.0,
+                -6.0,
+            ]),
+            5 => block.iter_mut().for_each(|x| *x *= 1e-3),
+            _ => {}
+        }
+    }
+    w
+}
+
+#[test]
+fn quantizing_gives_the_bytes_of_the_cpu() {
+    for (compute, dtype) in [(Compute::Bf16, Dtype::BF16), (Compute::F32, Dtype::F32)] {
+        let Some((cpu, cuda)) = backends(compute) else { return };
+        let w = edge_weights();
+        let source = SourceTensor::from_bytes("w", dtype, &[64, 256], &bytes(compute, &w)).unwrap();
+        let (here, there) = (cpu.load(&source).unwrap(), cuda.load(&source).unwrap());
+        let amax = cpu.weight_amax(&here).unwrap();
+        assert_eq!(cuda.weight_amax(&there).unwrap(), amax);
+        for global in [amax, amax / 5.0, 2688.0, 0.0].map(GlobalScale::from_amax) {
+            let empty = || (vec![0xAA; 64 * 128], vec![0xAA; 64 * 16]);
+            let (mut expected, mut got) = (empty(), empty());
+            cpu.quantize(&here, global, &mut expected.0, &mut expected.1).unwrap();
+            cuda.quantize(&there, global, &mut got.0, &mut got.1).unwrap();
+            assert_eq!(got, expected, "{compute:?} {global:?}");
+        }
+    }
+}
+
+#[test]
+fn maxima_keep_nan() {
+    let Some((_, cuda)) = backends(Compute::Bf16) else { return };
+    let mut amax = Backend::amax(&cuda, 3).unwrap();
+    let mut x = Random(8).values(1000);
+    x[17] = -9.0;
+    cuda.observe(&upload(&cuda, 10, 100, &x), &mut amax, 0).unwrap();
+    x[999] = f32::NAN;
+    cuda.observe(&upload(&cuda, 10, 100, &x), &mut amax, 2).unwrap();
+    let got = cuda.read_amax(&amax).unwrap();
+    assert_eq!((got[0], got[1]), (9.0, 0.0));
+    assert!(got[2].is_nan());
+}
+
+#[test]
+fn a_result_is_the_same_every_time() {
+    let Some((_, cuda)) = backends(Compute::Bf16) else { return };
+    let attention = Attention(vec![0, 300, 700], Heads { heads: 9, kv_heads: 3, dim: 64 }, None);
+    let (first, linear) = (attention.on(&cuda), Linear(700, 576, 1536, false).on(&cuda));
+    for _ in 0..5 {
+        assert_eq!(attention.on(&cuda), first);
+        assert_eq!(Linear(700, 576, 1536, false).on(&cuda), linear);
+    }
+}
