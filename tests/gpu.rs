@@ -6,6 +6,8 @@
 //!
 //! Without a GPU the tests say so and end; `make test` compiles the kernels all the same.
 
+#![allow(clippy::print_stdout)] // a skipped test says so
+
 use distq::backend::cpu::Cpu;
 use distq::backend::cuda::{Cuda, available};
 use distq::backend::{Backend, Compute, Heads};
