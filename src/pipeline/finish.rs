@@ -2,6 +2,8 @@
 
 use std::time::Instant;
 
+use crossbeam_channel::Receiver;
+
 use super::job::Job;
 use super::journal::{GroupRecord, PartId, PartRecord};
 use super::messages::{Event, Outbox};
@@ -13,6 +15,21 @@ use crate::model::LayerWeights;
 use crate::nvfp4::GlobalScale;
 use crate::report::Phases;
 
+/// A part whose statistics are complete.
+pub enum Finished<B: Backend> {
+    /// A part that has nothing to quantize.
+    Copied(PartId),
+    /// A decoder layer.
+    Layer {
+        /// Which one.
+        layer: usize,
+        /// Its weights.
+        weights: LayerWeights<B::Tensor>,
+        /// `max |x|` by site, where the scheme needs it.
+        input_amax: Option<Vec<f32>>,
+    },
+}
+
 /// Quantizes and places the parts that this rank owns.
 pub struct Finisher<'a, B: Backend> {
     backend: &'a B,
@@ -21,7 +38,7 @@ pub struct Finisher<'a, B: Backend> {
     files: Option<&'a OutputFiles>,
     outbox: Outbox,
     /// Seconds spent quantizing and writing.
-    pub phases: Phases,
+    phases: Phases,
 }
 
 impl<'a, B: Backend> Finisher<'a, B> {
@@ -30,8 +47,24 @@ impl<'a, B: Backend> Finisher<'a, B> {
         Finisher { backend, job, files, outbox, phases: Phases::default() }
     }
 
+    /// Takes parts until there are no more; returns the time spent.
+    ///
+    /// # Errors
+    /// Exit code 5: a maximum that is zero, NaN or infinite, a disk that fails.
+    pub fn run(mut self, parts: &Receiver<Finished<B>>) -> Result<Phases> {
+        for part in parts {
+            match part {
+                Finished::Copied(part) => self.copied(part)?,
+                Finished::Layer { layer, weights, input_amax } => {
+                    self.layer(layer, &weights, input_amax.as_deref())?
+                }
+            }
+        }
+        Ok(self.phases)
+    }
+
     /// Carries over a part that has nothing to quantize.
-    pub fn copied(&mut self, part: PartId) -> Result<()> {
+    fn copied(&mut self, part: PartId) -> Result<()> {
         if self.job.is_finished(part) {
             return Ok(());
         }
@@ -44,7 +77,7 @@ impl<'a, B: Backend> Finisher<'a, B> {
     ///
     /// # Errors
     /// Exit code 5, naming the tensor, where a maximum is zero, NaN or infinite.
-    pub fn layer(
+    fn layer(
         &mut self,
         layer: usize,
         weights: &LayerWeights<B::Tensor>,

@@ -235,8 +235,8 @@ impl OnBackend for Walk<'_, '_> {
             let worker = scope.spawn(move || {
                 let outbox = Outbox::new(to_main.clone(), next);
                 let finisher = Finisher::new(backend, job, files, outbox.clone());
-                let stage = Stage { backend, job, slice, group, incoming, outbox, finisher };
-                let result = stage.run();
+                let stage = Stage { backend, job, slice, group, incoming, outbox };
+                let result = stage.run(finisher);
                 if let Err(error) = &result {
                     let _ = to_main.send(Outgoing::Fail(error.clone()));
                 }

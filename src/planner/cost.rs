@@ -85,12 +85,12 @@ impl ModelCost {
         self.layer_output[slice.clone()].iter().sum::<u64>() + self.ends(slice)
     }
 
-    /// Expected peak: two layers' weights (one at work, one being read), one layer's output, the group's
+    /// Expected peak: three layers' weights (being read, at work, being quantized), one layer's output, the group's
     /// hidden states, one micro-batch's intermediate results. The embedding and the tail are copied
     /// before and after, so they compete with layers rather than add to them.
     pub fn peak_memory(&self, slice: &Range<usize>, group: usize, work: &Work) -> u64 {
         let largest = |bytes: &[u64]| bytes[slice.clone()].iter().copied().max().unwrap_or(0);
-        let layers = 2 * largest(&self.layer_source) + largest(&self.layer_output);
+        let layers = 3 * largest(&self.layer_source) + largest(&self.layer_output);
         let states = if work.calibrates {
             (group as u64 * self.hidden_row + self.workspace_row) * work.micro_batch_tokens
         } else {

@@ -1,9 +1,10 @@
 //! Where a rank's time went.
 
-/// Seconds by phase of one rank's walk.
+/// Seconds by phase of one rank's walk. Quantizing and writing run beside the forward pass, so phases add up to
+/// more than the total.
 #[derive(Clone, Copy, Debug, Default, PartialEq, serde::Serialize, serde::Deserialize)]
 pub struct Phases {
-    /// The forward pass, reading weights included.
+    /// The forward pass, waiting for weights included.
     pub forward: f64,
     /// Waiting for hidden states of the stage before.
     pub wait: f64,

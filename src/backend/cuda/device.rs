@@ -5,10 +5,11 @@ use std::ffi::c_void;
 use std::sync::{Arc, Mutex};
 
 use cudarc::cublas::{CudaBlas, result as cublas, sys as cublas_sys};
-use cudarc::driver::{CudaContext, CudaFunction, CudaSlice, CudaStream, DriverError, sys};
+use cudarc::driver::{CudaContext, CudaFunction, CudaSlice, CudaStream, DevicePtr, DriverError, sys};
 
 use super::Tensor;
 use super::kernels::{self, Kernels};
+use super::staging::Staging;
 use crate::backend::Compute;
 use crate::error::{Error, Result};
 
@@ -16,9 +17,16 @@ use crate::error::{Error, Result};
 pub struct Cuda {
     pub(super) compute: Compute,
     pub(super) context: Arc<CudaContext>,
+    /// The forward pass.
     pub(super) stream: Arc<CudaStream>,
+    /// Weights on their way to the card, beside the arithmetic.
+    pub(super) copies: Arc<CudaStream>,
+    /// Quantizing finished layers, beside both.
+    pub(super) finishing: Arc<CudaStream>,
     pub(super) kernels: Kernels,
     pub(super) processors: i32,
+    pub(super) uploads: Staging,
+    downloads: Staging,
     blas: CudaBlas,
     attention: Mutex<HashMap<usize, CudaFunction>>,
     name: String,
@@ -61,7 +69,9 @@ impl Cuda {
             return Err(Error::run(format!("GPU {ordinal} is sm_{major}{minor}; BF16 needs sm_80 or newer"))
                 .fix("use an Ampere or newer GPU, or --device cpu"));
         }
-        let stream = context.new_stream().map_err(open)?;
+        let [stream, copies, finishing] = [context.new_stream(), context.new_stream(), context.new_stream()];
+        let (stream, copies, finishing) =
+            (stream.map_err(open)?, copies.map_err(open)?, finishing.map_err(open)?);
         let blas =
             CudaBlas::new(stream.clone()).map_err(|e| Error::run(format!("can't start cuBLAS: {e}")))?;
         let processors = context
@@ -72,6 +82,10 @@ impl Cuda {
             name: context.name().map_err(open)?,
             compute,
             stream,
+            copies,
+            finishing,
+            uploads: Staging::new(&context).map_err(open)?,
+            downloads: Staging::new(&context).map_err(open)?,
             processors,
             blas,
             attention: Mutex::default(),
@@ -143,6 +157,7 @@ impl Cuda {
                 cublas_sys::cublasGemmAlgo_t::CUBLAS_GEMM_DEFAULT,
             )
         };
+        w.used(self)?;
         done.map_err(|e| {
             Error::run(format!("cuBLAS on {}: a {m} x {n} x {k} product failed: {e}", self.name))
         })
@@ -163,9 +178,12 @@ impl Cuda {
         Ok(kernel)
     }
 
-    pub(super) fn read(&self, from: &mut CudaSlice<u8>, to: &mut [u8]) -> Result<()> {
-        self.stream.memcpy_dtoh(from, to).map_err(|e| self.failed("copy from the card", e))?;
-        self.synchronize()
+    /// Copies what the finishing stream made.
+    pub(super) fn read_finished(&self, from: &CudaSlice<u8>, to: &mut [u8]) -> Result<()> {
+        let at = from.device_ptr(&self.finishing).0;
+        // SAFETY: the slice is as long as `to`: both hold the codes or the scales of one weight.
+        let copied = unsafe { self.downloads.download(at, to, &self.finishing) };
+        copied.map_err(|e| self.failed("copy from the card", e))
     }
 
     pub(super) fn failed(&self, what: &str, error: DriverError) -> Error {

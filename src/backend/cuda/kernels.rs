@@ -125,17 +125,20 @@ unsafe fn machine_code(program: sys::nvrtcProgram) -> Result<Vec<u8>> {
     }
 }
 
-/// Launches a kernel on the backend's stream. Arguments are given by value, as in the kernel's signature.
+/// Launches a kernel on the forward pass's stream, or `on` another. Arguments are given by value, as in the kernel's signature.
 macro_rules! launch {
-    ($cuda:expr, $kernel:expr, $config:expr, $($arg:expr),+ $(,)?) => {{
+    ($cuda:expr, $kernel:expr, $config:expr, $($arg:expr),+ $(,)?) => {
+        launch!(on stream: $cuda, $kernel, $config, $($arg),+)
+    };
+    (on $stream:ident: $cuda:expr, $kernel:expr, $config:expr, $($arg:expr),+ $(,)?) => {{
         use cudarc::driver::PushKernelArg;
         let (cuda, config): (&Cuda, LaunchConfig) = ($cuda, $config);
         if config.grid_dim.0 == 0 || config.grid_dim.1 == 0 || config.grid_dim.2 == 0 {
             Ok(())
         } else {
             // SAFETY: the arguments are those of the kernel's signature, in order; pointers come from tensors
-            // whose memory is freed, if at all, on the same stream and so after this launch.
-            let launched = unsafe { cuda.stream.launch_builder($kernel)$(.arg(&$arg))+.launch(config) };
+            // whose memory is freed on this stream, or on another that waits for this launch (Tensor::used).
+            let launched = unsafe { cuda.$stream.launch_builder($kernel)$(.arg(&$arg))+.launch(config) };
             launched.map(|_| ()).map_err(|e| cuda.failed("launch a kernel", e))
         }
     }};

@@ -5,6 +5,7 @@
 
 mod device;
 mod kernels;
+mod staging;
 mod tensor;
 
 use std::sync::Mutex;
@@ -46,13 +47,10 @@ impl Cuda {
         index.device.device_ptr(&self.stream).0
     }
 
-    fn observe_into(&self, x: &Tensor, slot: u64) -> Result<()> {
-        let n = (x.rows * x.cols) as u64;
-        // Enough blocks to fill the card; each walks over its share.
+    /// Enough blocks to fill the card; each walks over its share of `n` elements.
+    fn walk(&self, n: u64) -> LaunchConfig {
         let blocks = n.div_ceil(THREADS as u64 * 8).min(self.processors as u64 * 8) as u32;
-        let config =
-            LaunchConfig { grid_dim: (blocks.max(1), 1, 1), block_dim: (THREADS, 1, 1), shared_mem_bytes: 0 };
-        launch!(self, &self.kernels.amax, config, x.pointer(self), n, slot)
+        LaunchConfig { grid_dim: (blocks.max(1), 1, 1), block_dim: (THREADS, 1, 1), shared_mem_bytes: 0 }
     }
 }
 
@@ -101,14 +99,16 @@ impl Backend for Cuda {
             shared_mem_bytes: 0,
         };
         let (table_at, to) = (table.pointer(self), out.pointer(self));
-        launch!(self, &self.kernels.embed, config, table_at, self.pointer(ids), table.cols as i32, to)
+        launch!(self, &self.kernels.embed, config, table_at, self.pointer(ids), table.cols as i32, to)?;
+        table.used(self)
     }
 
     fn rms_norm(&self, x: &Tensor, weight: &Tensor, eps: f32, out: &mut Tensor) -> Result<()> {
         let config =
             LaunchConfig { grid_dim: (x.rows as u32, 1, 1), block_dim: (256, 1, 1), shared_mem_bytes: 0 };
-        let (from, weight, to) = (x.pointer(self), weight.pointer(self), out.pointer(self));
-        launch!(self, &self.kernels.rms_norm, config, from, weight, x.cols as i32, eps, to)
+        let (from, weight_at, to) = (x.pointer(self), weight.pointer(self), out.pointer(self));
+        launch!(self, &self.kernels.rms_norm, config, from, weight_at, x.cols as i32, eps, to)?;
+        weight.used(self)
     }
 
     fn linear(&self, x: &Tensor, weight: &Tensor, bias: Option<&Tensor>, out: &mut Tensor) -> Result<()> {
@@ -117,8 +117,17 @@ impl Backend for Cuda {
             None => Ok(()),
             Some(bias) => {
                 let n = out.rows * out.cols;
-                let (to, bias) = (out.pointer(self), bias.pointer(self));
-                launch!(self, &self.kernels.add_bias, threads_for(n), to, bias, out.cols as i32, n as u64)
+                let (to, bias_at) = (out.pointer(self), bias.pointer(self));
+                launch!(
+                    self,
+                    &self.kernels.add_bias,
+                    threads_for(n),
+                    to,
+                    bias_at,
+                    out.cols as i32,
+                    n as u64
+                )?;
+                bias.used(self)
             }
         }
     }
@@ -187,7 +196,8 @@ impl Backend for Cuda {
     fn observe(&self, x: &Tensor, amax: &mut Amax, slot: usize) -> Result<()> {
         let slots = amax.0.get_mut().expect("no holder of this lock panics");
         let at = slots.device_ptr(&self.stream).0 + 4 * slot as u64;
-        self.observe_into(x, at)
+        let n = (x.rows * x.cols) as u64;
+        launch!(self, &self.kernels.amax, self.walk(n), x.pointer(self), n, at)
     }
 
     fn read_amax(&self, amax: &Amax) -> Result<Vec<f32>> {
@@ -197,9 +207,13 @@ impl Backend for Cuda {
     }
 
     fn weight_amax(&self, weight: &Tensor) -> Result<f32> {
-        let mut slot = Backend::amax(self, 1)?;
-        self.observe(weight, &mut slot, 0)?;
-        Ok(self.read_amax(&slot)?[0])
+        let n = (weight.rows * weight.cols) as u64;
+        let slot = self.finishing.alloc_zeros::<u32>(1).map_err(|e| self.failed("allocate a maximum", e))?;
+        let (from, at) = (weight.pointer_for_finishing(self), slot.device_ptr(&self.finishing).0);
+        launch!(on finishing: self, &self.kernels.amax, self.walk(n), from, n, at)?;
+        let bits = self.finishing.clone_dtoh(&slot).map_err(|e| self.failed("read a maximum", e))?;
+        self.finishing.synchronize().map_err(|e| self.failed("read a maximum", e))?;
+        Ok(f32::from_bits(bits[0]))
     }
 
     fn quantize(
@@ -214,28 +228,15 @@ impl Backend for Cuda {
             return Err(Error::run("codes and scales do not fit the weight"));
         }
         // SAFETY: the kernel below writes every byte before the copies, on the same stream, read them.
-        let (mut on_card, mut scales_on_card) = unsafe {
-            let codes = self.stream.alloc::<u8>(codes.len());
-            let scales = self.stream.alloc::<u8>(scales.len());
-            (
-                codes.map_err(|e| self.failed("allocate codes", e))?,
-                scales.map_err(|e| self.failed("allocate scales", e))?,
-            )
-        };
-        let (to, scales_to) = (on_card.device_ptr(&self.stream).0, scales_on_card.device_ptr(&self.stream).0);
-        let from = weight.pointer(self);
-        let config = threads_for(blocks);
-        launch!(
-            self,
-            &self.kernels.quantize,
-            config,
-            from,
-            blocks as u64,
-            global.multiplier(),
-            to,
-            scales_to
-        )?;
-        self.read(&mut on_card, codes)?;
-        self.read(&mut scales_on_card, scales)
+        let allocated =
+            unsafe { (self.finishing.alloc::<u8>(codes.len()), self.finishing.alloc::<u8>(scales.len())) };
+        let failed = |e| self.failed("allocate codes", e);
+        let (codes_there, scales_there) = (allocated.0.map_err(failed)?, allocated.1.map_err(failed)?);
+        let to = (codes_there.device_ptr(&self.finishing).0, scales_there.device_ptr(&self.finishing).0);
+        let (from, config, global) =
+            (weight.pointer_for_finishing(self), threads_for(blocks), global.multiplier());
+        launch!(on finishing: self, &self.kernels.quantize, config, from, blocks as u64, global, to.0, to.1)?;
+        self.read_finished(&codes_there, codes)?;
+        self.read_finished(&scales_there, scales)
     }
 }

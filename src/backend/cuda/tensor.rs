@@ -1,6 +1,8 @@
 //! Matrices on the GPU.
 
-use cudarc::driver::{CudaSlice, DevicePtr};
+use std::sync::Arc;
+
+use cudarc::driver::{CudaEvent, CudaSlice, CudaStream, DevicePtr};
 use half::bf16;
 
 use super::Cuda;
@@ -16,6 +18,23 @@ pub struct Tensor {
     /// Elements of a row.
     pub cols: usize,
     data: CudaSlice<u8>,
+    /// For weights, which are freed on another stream than they are used on: their last use.
+    last_use: Option<LastUse>,
+}
+
+struct LastUse {
+    event: CudaEvent,
+    freed_on: Arc<CudaStream>,
+}
+
+impl Drop for Tensor {
+    /// The memory is given back when the last use has passed, not when it was asked for.
+    fn drop(&mut self) {
+        if let Some(LastUse { event, freed_on }) = &self.last_use {
+            // A failure here shows in the next operation on the stream.
+            let _ = freed_on.wait(event);
+        }
+    }
 }
 
 impl Tensor {
@@ -25,7 +44,7 @@ impl Tensor {
             .stream
             .alloc_zeros(bytes)
             .map_err(|e| cuda.failed(&format!("allocate {}", crate::units::binary(bytes as u64)), e))?;
-        Ok(Tensor { rows, cols, data })
+        Ok(Tensor { rows, cols, data, last_use: None })
     }
 
     pub(super) fn constant(cuda: &Cuda, values: &[f32], cols: usize) -> Result<Tensor> {
@@ -44,23 +63,45 @@ impl Tensor {
     /// which is exact for matrices.
     pub(super) fn load(cuda: &Cuda, source: &SourceTensor) -> Result<Tensor> {
         let here = cpu::Tensor::from_source(cuda.compute, source)?;
-        let mut tensor = Tensor::zeros(cuda, here.rows, here.cols)?;
-        match (here.view(), cuda.compute) {
-            (cpu::View::Bf16(x), Compute::Bf16) => tensor.upload(cuda, bytemuck::cast_slice(x))?,
-            (cpu::View::F32(x), Compute::F32) => tensor.upload(cuda, bytemuck::cast_slice(x))?,
+        let wide: Vec<f32>;
+        let bytes: &[u8] = match (here.view(), cuda.compute) {
+            (cpu::View::Bf16(x), Compute::Bf16) => bytemuck::cast_slice(x),
+            (cpu::View::F32(x), Compute::F32) => bytemuck::cast_slice(x),
             (cpu::View::Bf16(x), Compute::F32) => {
-                let wide: Vec<f32> = x.iter().map(|x| x.to_f32()).collect();
-                tensor.upload(cuda, bytemuck::cast_slice(&wide))?;
+                wide = x.iter().map(|x| x.to_f32()).collect();
+                bytemuck::cast_slice(&wide)
             }
             (cpu::View::F32(_), Compute::Bf16) => {
                 return Err(Error::run("an F32 matrix in a BF16 computation").tensor(&source.name));
             }
-        }
-        Ok(tensor)
+        };
+        let failed = |e| cuda.failed("copy weights to the card", e);
+        // SAFETY: the copy that follows writes every byte.
+        let data = unsafe { cuda.copies.alloc::<u8>(bytes.len()) }.map_err(failed)?;
+        // SAFETY: the memory was just allocated with this length.
+        unsafe { cuda.uploads.upload(bytes, data.device_ptr(&cuda.copies).0, &cuda.copies) }
+            .map_err(failed)?;
+        let event = cuda.copies.record_event(None).map_err(failed)?;
+        let last_use = Some(LastUse { event, freed_on: cuda.copies.clone() });
+        Ok(Tensor { rows: here.rows, cols: here.cols, data, last_use })
     }
 
+    /// The address, for an operation on the forward pass's stream, which first waits for an upload.
     pub(super) fn pointer(&self, cuda: &Cuda) -> u64 {
         self.data.device_ptr(&cuda.stream).0
+    }
+
+    /// The address, for an operation on the finishing stream.
+    pub(super) fn pointer_for_finishing(&self, cuda: &Cuda) -> u64 {
+        self.data.device_ptr(&cuda.finishing).0
+    }
+
+    /// Notes that the forward pass has just used this tensor.
+    pub(super) fn used(&self, cuda: &Cuda) -> Result<()> {
+        match &self.last_use {
+            None => Ok(()),
+            Some(last) => last.event.record(&cuda.stream).map_err(|e| cuda.failed("mark a tensor", e)),
+        }
     }
 
     pub(super) fn set_rows(&mut self, rows: usize) {
