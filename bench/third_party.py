@@ -56,7 +56,8 @@ def evaluate(python: str, windows: int, checkpoints: list[Path]) -> list[dict]:
     command = [python, SCRIPTS / "evaluate.py", CACHE / "text/wiki_eval.txt", windows]
     results = []
     for path in checkpoints:
-        known = path / f"evaluated-{windows}.json"
+        known = CACHE / "evaluations" / f"{path.parent.name}-{path.name}-{windows}.json"
+        known.parent.mkdir(exist_ok=True)
         remembered = known.exists() and "distq" not in path.name
         if not remembered:
             printed = subprocess.run([str(p) for p in [*command, path]], check=True, stdout=subprocess.PIPE, text=True)

@@ -6,9 +6,14 @@ use std::os::fd::AsRawFd;
 use std::os::unix::fs::{FileExt, MetadataExt};
 use std::path::{Path, PathBuf};
 
+use rayon::prelude::*;
+
 use super::placement::{Placement, Slot};
 use crate::error::{Error, Result};
 use crate::units::binary;
+
+/// Bytes that one thread writes at a time.
+const PART: usize = 16 << 20;
 
 /// The open files of an output directory.
 #[derive(Debug)]
@@ -71,7 +76,11 @@ impl OutputFiles {
             let what = format!("{} bytes for a place of {}", bytes.len(), slot.bytes);
             return Err(Error::run(what).file(path).tensor(name));
         }
-        file.write_all_at(bytes, slot.offset).map_err(|e| failed("can't write", path, e).tensor(name))
+        // Several threads: one alone copies into the page cache at a fraction of a fast disk's rate.
+        let parts = bytes.par_chunks(PART).enumerate();
+        parts
+            .try_for_each(|(i, part)| file.write_all_at(part, slot.offset + (i * PART) as u64))
+            .map_err(|e| failed("can't write", path, e).tensor(name))
     }
 
     /// Reads a tensor back.

@@ -139,7 +139,7 @@ impl<'a, B: Backend> Finisher<'a, B> {
             return self.write(name, &bytes, digest);
         }
         let started = Instant::now();
-        digest.update(&bytes);
+        digest.update_rayon(&bytes);
         let sent = self.outbox.tensor(name, bytes);
         self.phases.write += started.elapsed().as_secs_f64();
         sent
@@ -147,7 +147,7 @@ impl<'a, B: Backend> Finisher<'a, B> {
 
     fn write(&mut self, name: &str, bytes: &[u8], digest: &mut blake3::Hasher) -> Result<()> {
         let started = Instant::now();
-        digest.update(bytes);
+        digest.update_rayon(bytes);
         let written = self.files.map_or(Ok(()), |files| files.write(name, bytes));
         self.phases.write += started.elapsed().as_secs_f64();
         written
