@@ -1,11 +1,15 @@
 //! The header of a safetensors file, checked against the file's length.
 
+use std::collections::{HashMap, HashSet};
+use std::fmt;
 use std::fs::File;
 use std::os::unix::fs::FileExt;
 use std::path::Path;
 
 use safetensors::Dtype;
-use safetensors::tensor::Metadata;
+use safetensors::tensor::TensorInfo;
+use serde::de::{Deserialize, Deserializer, MapAccess, Visitor};
+use serde_json::Value;
 
 use crate::error::{Error, Result};
 
@@ -30,7 +34,7 @@ pub struct Header {
     /// In the order of their data.
     pub tensors: Vec<HeaderTensor>,
     /// The `__metadata__` entries.
-    pub metadata: std::collections::HashMap<String, String>,
+    pub metadata: HashMap<String, String>,
     /// Length of the whole file.
     pub file_bytes: u64,
 }
@@ -59,19 +63,31 @@ pub fn read_header(file: &File, path: &Path) -> Result<Header> {
     }
     let mut buffer = vec![0; size as usize + 8];
     file.read_exact_at(&mut buffer, 0).map_err(|e| broken(format!("can't read the header: {e}")))?;
-    let metadata: Metadata =
+    let Entries(entries) =
         serde_json::from_slice(&buffer[8..]).map_err(|e| broken(format!("the header is not valid: {e}")))?;
-    let mut tensors: Vec<HeaderTensor> = metadata
-        .tensors()
-        .into_iter()
-        .map(|(name, info)| HeaderTensor {
+    let mut metadata = HashMap::new();
+    let mut tensors = Vec::with_capacity(entries.len());
+    let mut seen = HashSet::new();
+    for (name, value) in entries {
+        if name == "__metadata__" {
+            metadata = serde_json::from_value(value)
+                .map_err(|e| broken(format!("the header's __metadata__ is not valid: {e}")))?;
+            continue;
+        }
+        let info: TensorInfo = serde_json::from_value(value)
+            .map_err(|e| broken(format!("the header's entry is not valid: {e}")).tensor(&name))?;
+        if !seen.insert(name.clone()) {
+            return Err(broken("the header lists the tensor twice".into()).tensor(name));
+        }
+        // Offsets beyond the file are reported below; here they must only not wrap around.
+        tensors.push(HeaderTensor {
             name,
             dtype: info.dtype,
-            shape: info.shape.clone(),
-            offset: size + 8 + info.data_offsets.0 as u64,
+            shape: info.shape,
+            offset: (size + 8).saturating_add(info.data_offsets.0 as u64),
             bytes: info.data_offsets.1.saturating_sub(info.data_offsets.0) as u64,
-        })
-        .collect();
+        });
+    }
     tensors.sort_by_key(|tensor| (tensor.offset, tensor.bytes));
     let mut end = size + 8;
     for tensor in &tensors {
@@ -87,7 +103,7 @@ pub fn read_header(file: &File, path: &Path) -> Result<Header> {
             return Err(broken("the data of two tensors overlap, or there is a hole between them".into())
                 .tensor(&tensor.name));
         }
-        end += tensor.bytes;
+        end = end.saturating_add(tensor.bytes);
         if end > file_bytes {
             let what = format!("the file is truncated: it has {file_bytes} bytes, the tensor ends at {end}");
             return Err(broken(what).tensor(&tensor.name));
@@ -98,5 +114,89 @@ pub fn read_header(file: &File, path: &Path) -> Result<Header> {
             "the file is oversized: it has {file_bytes} bytes, its header describes {end}"
         )));
     }
-    Ok(Header { tensors, metadata: metadata.metadata().clone().unwrap_or_default(), file_bytes })
+    Ok(Header { tensors, metadata, file_bytes })
+}
+
+/// The header's entries as they stand: a map would hide a name that is there twice, and the library's own
+/// reader does not say which tensor it refuses.
+struct Entries(Vec<(String, Value)>);
+
+impl<'de> Deserialize<'de> for Entries {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        struct Collect;
+
+        impl<'de> Visitor<'de> for Collect {
+            type Value = Entries;
+
+            fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+                f.write_str("an object of tensors")
+            }
+
+            fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<Entries, A::Error> {
+                let mut entries = Vec::new();
+                while let Some(entry) = map.next_entry()? {
+                    entries.push(entry);
+                }
+                Ok(Entries(entries))
+            }
+        }
+
+        deserializer.deserialize_map(Collect)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn read(header: &str, data: usize) -> Result<Header> {
+        let mut bytes = (header.len() as u64).to_le_bytes().to_vec();
+        bytes.extend(header.as_bytes());
+        bytes.resize(bytes.len() + data, 1);
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("model.safetensors");
+        std::fs::write(&path, bytes).unwrap();
+        read_header(&File::open(&path).unwrap(), &path)
+    }
+
+    const A: &str = r#""a":{"dtype":"BF16","shape":[4],"data_offsets":[0,8]}"#;
+
+    #[test]
+    fn a_good_header_keeps_order_and_metadata() {
+        let w = r#""w":{"dtype":"F32","shape":[],"data_offsets":[8,12]}"#;
+        let header = read(&format!(r#"{{"__metadata__":{{"format":"pt"}},{w},{A}}}"#), 12).unwrap();
+        assert_eq!(header.metadata["format"], "pt");
+        let names: Vec<&str> = header.tensors.iter().map(|tensor| tensor.name.as_str()).collect();
+        assert_eq!(names, ["a", "w"]);
+        assert_eq!(header.tensors[1].offset + header.tensors[1].bytes, header.file_bytes);
+    }
+
+    #[test]
+    fn each_damage_is_named_with_its_tensor() {
+        let huge = u64::MAX;
+        for (second, data, words) in [
+            (r#""w":{"dtype":"F32","shape":[4],"data_offsets":[8,16]}"#.to_string(), 16, "do not hold"),
+            (r#""w":{"dtype":"BF16","shape":[4],"data_offsets":[4,12]}"#.into(), 12, "overlap"),
+            (r#""w":{"dtype":"BF16","shape":[4],"data_offsets":[10,18]}"#.into(), 18, "hole"),
+            (r#""w":{"dtype":"BF16","shape":[4],"data_offsets":[8,16]}"#.into(), 12, "truncated"),
+            (r#""w":{"dtype":"Q9","shape":[4],"data_offsets":[8,16]}"#.into(), 16, "Q9"),
+            (r#""w":{"dtype":"BF16","shape":[4],"data_offsets":[16,8]}"#.into(), 16, "do not hold"),
+            (format!(r#""w":{{"dtype":"U8","shape":[1],"data_offsets":[{},{huge}]}}"#, huge - 1), 9, "overlap"),
+            (r#""w":{"dtype":"U8","shape":[8],"data_offsets":[8,16]},"w":{"dtype":"I8","shape":[8],"data_offsets":[8,16]}"#.into(), 16, "twice"),
+        ] {
+            let error = read(&format!("{{{A},{second}}}"), data).unwrap_err();
+            let text = error.to_string();
+            assert!(text.contains(words) && text.contains("tensor w") && text.contains("model.safetensors"), "{text}");
+        }
+    }
+
+    #[test]
+    fn a_file_that_is_no_tensor_file_is_refused() {
+        for (header, data, words) in [("[1]", 0, "not valid"), ("{", 0, "not valid")] {
+            let text = read(header, data).unwrap_err().to_string();
+            assert!(text.contains(words), "{text}");
+        }
+        let text = read(&format!("{{{A}}}"), 9).unwrap_err().to_string();
+        assert!(text.contains("oversized"), "{text}");
+    }
 }

@@ -37,20 +37,28 @@ impl OutputDir {
     pub fn check(source: &Path, out: &Path, existing: Existing) -> Result<OutputDir> {
         let out = absolute(out)?;
         let source = fs::canonicalize(source).unwrap_or_else(|_| source.to_path_buf());
-        if out == source || out.starts_with(&source) || source.starts_with(&out) {
-            return Err(Error::usage("the output and the source overlap")
+        let mut name =
+            out.file_name().expect("an absolute path outside of the root has a name").to_os_string();
+        name.push(".partial");
+        let partial = out.with_file_name(name);
+        // Both may be removed or replaced, so the source must lie in neither.
+        for ours in [&out, &partial] {
+            if ours.starts_with(&source) || source.starts_with(ours) {
+                return Err(Error::usage("the output and the source overlap")
+                    .file(ours)
+                    .fix("write to a directory outside of the source"));
+            }
+        }
+        if fs::symlink_metadata(&out).is_ok() && !out.is_dir() {
+            return Err(Error::usage("the output's name is taken by something that is not a directory")
                 .file(&out)
-                .fix("write to a directory outside of the source"));
+                .fix("choose another name, or remove it"));
         }
         if out.exists() && existing != Existing::Overwrite {
             return Err(Error::usage("the output exists")
                 .file(&out)
                 .fix("choose another name, or use --overwrite"));
         }
-        let mut name =
-            out.file_name().expect("an absolute path outside of the root has a name").to_os_string();
-        name.push(".partial");
-        let partial = out.with_file_name(name);
         let resumed = existing == Existing::Resume;
         match (partial.exists(), existing) {
             (true, Existing::Refuse) => {
@@ -93,19 +101,24 @@ impl OutputDir {
                 fs::remove_file(&path).map_err(|e| failed("can't remove", &path, e))?;
             }
         }
+        sync_files(&self.partial)?;
         sync_dir(&self.partial)?;
+        // A name of this process's own: OUT.old may be somebody's, even the source.
         let mut old = self.out.clone().into_os_string();
-        old.push(".old");
+        old.push(format!(".old.{}", std::process::id()));
         let old = PathBuf::from(old);
         let replaced = self.overwrite && self.out.exists();
         if replaced {
-            if old.exists() {
-                fs::remove_dir_all(&old).map_err(|e| failed("can't remove", &old, e))?;
-            }
             fs::rename(&self.out, &old)
                 .map_err(|e| failed("can't move the old output away", &self.out, e))?;
         }
-        fs::rename(&self.partial, &self.out).map_err(|e| failed("can't publish the output", &self.out, e))?;
+        if let Err(e) = fs::rename(&self.partial, &self.out) {
+            if replaced {
+                // Put the old output back; the first error is the one to report.
+                let _ = fs::rename(&old, &self.out);
+            }
+            return Err(failed("can't publish the output", &self.out, e));
+        }
         if replaced {
             fs::remove_dir_all(&old).map_err(|e| failed("can't remove", &old, e))?;
         }
@@ -114,6 +127,15 @@ impl OutputDir {
             None => Ok(()),
         }
     }
+}
+
+/// Waits until the files of a directory are on the disk: a rename may reach it before their contents do.
+fn sync_files(dir: &Path) -> Result<()> {
+    for entry in fs::read_dir(dir).map_err(|e| failed("can't list", dir, e))? {
+        let path = entry.map_err(|e| failed("can't list", dir, e))?.path();
+        File::open(&path).and_then(|file| file.sync_all()).map_err(|e| failed("can't write", &path, e))?;
+    }
+    Ok(())
 }
 
 fn sync_dir(dir: &Path) -> Result<()> {
@@ -175,6 +197,40 @@ mod tests {
         fs::remove_dir(&out).unwrap();
         OutputDir::check(&source, &out, Existing::Refuse).unwrap().create().unwrap();
         assert!(refused(&out, Existing::Refuse).contains("--resume"));
+    }
+
+    #[test]
+    fn the_source_is_never_what_overwriting_removes() {
+        let (dir, _, out) = dirs();
+        let partial = dir.path().join("out.partial");
+        fs::create_dir_all(partial.join("deeper")).unwrap();
+        for source in [&partial, &partial.join("deeper")] {
+            let error = OutputDir::check(source, &out, Existing::Overwrite).unwrap_err();
+            assert!(error.to_string().contains("overlap"), "{error}");
+        }
+        fs::remove_dir_all(&partial).unwrap();
+        let old = dir.path().join("out.old");
+        fs::create_dir(&old).unwrap();
+        fs::write(old.join("weights"), "x").unwrap();
+        fs::create_dir(&out).unwrap();
+        let output = OutputDir::check(&old, &out, Existing::Overwrite).unwrap();
+        output.create().unwrap();
+        output.publish(&[]).unwrap();
+        assert!(old.join("weights").exists());
+        let left: Vec<_> = fs::read_dir(dir.path()).unwrap().map(|e| e.unwrap().file_name()).collect();
+        assert_eq!(left.len(), 3, "only source, out.old and out: {left:?}");
+    }
+
+    #[test]
+    fn a_name_taken_by_a_file_or_a_dangling_link_is_refused() {
+        let (dir, source, out) = dirs();
+        fs::write(&out, "x").unwrap();
+        let refused =
+            |out: &Path| OutputDir::check(&source, out, Existing::Overwrite).unwrap_err().to_string();
+        assert!(refused(&out).contains("not a directory"));
+        let link = dir.path().join("link");
+        std::os::unix::fs::symlink(dir.path().join("gone"), &link).unwrap();
+        assert!(refused(&link).contains("not a directory"));
     }
 
     #[test]

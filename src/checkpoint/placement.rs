@@ -24,11 +24,11 @@ impl OutTensor {
 
     /// Length in bytes.
     pub fn bytes(&self) -> u64 {
-        (self.shape.iter().product::<usize>() * self.element_bytes()) as u64
+        (self.shape.iter().product::<usize>() * self.dtype.bitsize() / 8) as u64
     }
 
     fn element_bytes(&self) -> usize {
-        self.dtype.bitsize() / 8
+        self.dtype.bitsize().div_ceil(8)
     }
 }
 
@@ -163,6 +163,11 @@ mod tests {
     #[test]
     fn a_scalar_takes_one_element() {
         assert_eq!(OutTensor::new("s", Dtype::F32, &[]).bytes(), 4);
+    }
+
+    #[test]
+    fn elements_narrower_than_a_byte_take_their_bits() {
+        assert_eq!(OutTensor::new("f4", Dtype::F4, &[32]).bytes(), 16);
     }
 
     proptest! {

@@ -3,7 +3,7 @@
 use std::path::Path;
 
 use super::writer::failed;
-use crate::error::Result;
+use crate::error::{Error, Result};
 
 const NAMES: [&str; 14] = [
     "added_tokens.json",
@@ -36,19 +36,24 @@ pub fn is_side_file(name: &str) -> bool {
 /// Copies the side files of `source` into `out`, in name order, and returns their names.
 ///
 /// # Errors
-/// Exit code 5 where a file can't be read or written.
+/// Exit code 3 where a file can't be read, 5 where one can't be written.
 pub fn copy_side_files(source: &Path, out: &Path) -> Result<Vec<String>> {
     let entries = std::fs::read_dir(source).map_err(|e| failed("can't list", source, e))?;
     let mut names: Vec<String> = entries
         .flatten()
-        .filter(|entry| entry.path().is_file())
+        // Not `is_file`: a link to a file that is gone must be an error, not a tokenizer left out.
+        .filter(|entry| !entry.path().is_dir())
         .filter_map(|entry| entry.file_name().into_string().ok())
         .filter(|name| is_side_file(name))
         .collect();
     names.sort();
     for name in &names {
         let path = source.join(name);
-        let bytes = std::fs::read(&path).map_err(|e| failed("can't read", &path, e))?;
+        let bytes = std::fs::read(&path).map_err(|e| {
+            Error::input(format!("can't read: {e}"))
+                .file(&path)
+                .fix("download the file again, then use --resume")
+        })?;
         // Written rather than copied: a read-only source must not make a read-only output.
         std::fs::write(out.join(name), bytes).map_err(|e| failed("can't write", &out.join(name), e))?;
     }
@@ -58,6 +63,15 @@ pub fn copy_side_files(source: &Path, out: &Path) -> Result<Vec<String>> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_link_to_nothing_is_an_error() {
+        let (source, out) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
+        std::os::unix::fs::symlink("/nowhere", source.path().join("tokenizer.json")).unwrap();
+        let error = copy_side_files(source.path(), out.path()).unwrap_err();
+        assert_eq!(error.exit, crate::error::ExitCode::Input);
+        assert!(error.to_string().contains("tokenizer.json"), "{error}");
+    }
 
     #[test]
     fn what_loaders_need_is_carried_over_and_weights_are_not() {

@@ -126,13 +126,18 @@ fn free_space(file: &File) -> Option<u64> {
     }
 }
 
-/// Allocates blocks where the file system can, else only sets the length.
+/// Allocates blocks where the file system can, else only sets the length. The system call itself is asked:
+/// where it is unsupported, `posix_fallocate` would write into every block of the file.
 fn reserve(file: &File, bytes: u64) -> io::Result<()> {
     file.set_len(bytes)?;
     // SAFETY: a plain system call on an open descriptor; no memory is involved.
-    match unsafe { libc::posix_fallocate(file.as_raw_fd(), 0, bytes as libc::off_t) } {
-        0 | libc::EOPNOTSUPP | libc::EINVAL | libc::ENOSYS => Ok(()),
-        error => Err(io::Error::from_raw_os_error(error)),
+    if unsafe { libc::fallocate(file.as_raw_fd(), 0, 0, bytes as libc::off_t) } == 0 {
+        return Ok(());
+    }
+    let error = io::Error::last_os_error();
+    match error.raw_os_error() {
+        Some(libc::EOPNOTSUPP | libc::EINVAL | libc::ENOSYS) => Ok(()),
+        _ => Err(error),
     }
 }
 
