@@ -16,6 +16,8 @@ endif
 MODEL ?= $(CACHE)/smollm2
 OUT   ?= $(CACHE)/demo-output
 NP    ?= 3
+# Documents that the demo calibrates with; distq's own default is 256.
+SAMPLES ?= 64
 
 .PHONY: all setup build fixtures nvrtc demo test gpu-test check bench third-party clean
 
@@ -47,7 +49,8 @@ $(NVRTC): | $(PYTHON)
 	@$(PYTHON) -m pip install --quiet --disable-pip-version-check --target $(CACHE)/nvrtc nvidia-cuda-nvrtc==13.0.88
 
 demo: build $(if $(filter $(CACHE)/smollm2,$(MODEL)),fixtures)
-	mpirun --oversubscribe -np $(NP) $(DISTQ) quantize $(MODEL) $(OUT) --overwrite --report $(CACHE)/demo-report.json
+	mpirun --oversubscribe -np $(NP) $(DISTQ) quantize $(MODEL) $(OUT) --overwrite \
+	    --calib-samples $(SAMPLES) --report $(CACHE)/demo-report.json
 	@$(DISTQ) verify $(OUT) --source $(MODEL) --json > $(CACHE)/demo-verify.json
 	@python3 tests/fixtures/demo_summary.py $(CACHE)/demo-report.json $(CACHE)/demo-verify.json
 
