@@ -51,3 +51,19 @@ extern "C" __global__ void quantize(const Element *w, u64 blocks, float global, 
     codes[block] = packed;
     scales[block] = scale;
 }
+
+// amax[c] = max(amax[c], max |x[.][c]|) and squares[c] += sum of x[.][c]^2; one thread a channel, rows in order,
+// so sums depend on nothing else. Limited by memory: neighbouring threads read neighbouring channels.
+extern "C" __global__ void channel_sums(const Element *x, int rows, int cols, u32 *amax, float *squares) {
+    int channel = blockIdx.x * blockDim.x + threadIdx.x;
+    if (channel >= cols) return;
+    u32 top = amax[channel];
+    float sum = 0;
+    for (int row = 0; row < rows; row++) {
+        float value = fabsf(get(x[(u64)row * cols + channel]));
+        top = max(top, __float_as_uint(value));
+        sum += value * value;
+    }
+    amax[channel] = top;
+    squares[channel] += sum;
+}

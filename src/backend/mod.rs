@@ -48,6 +48,17 @@ pub struct Heads {
     pub dim: usize,
 }
 
+/// What a backend summed up over a site's inputs `[t, n]`.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct Sums {
+    /// `max |x|` of each channel; NaN where any was NaN.
+    pub amax: Vec<f32>,
+    /// `Σ x²` of each channel.
+    pub squares: Vec<f32>,
+    /// `Σ xᵀ·x` `[n, n]`, where it was asked for.
+    pub products: Vec<f32>,
+}
+
 /// Tensors and operations on one device.
 pub trait Backend: Send + Sync {
     /// A row-major matrix (or vector: one row) where this backend computes.
@@ -56,6 +67,8 @@ pub trait Backend: Send + Sync {
     type Index: Send;
     /// Running absolute maxima, one f32 slot each.
     type Amax: Send;
+    /// Running sums over the inputs of one site.
+    type Sums: Send;
 
     /// The dtype of activations.
     fn compute(&self) -> Compute;
@@ -129,6 +142,18 @@ pub trait Backend: Send + Sync {
     fn observe(&self, x: &Self::Tensor, amax: &mut Self::Amax, slot: usize) -> Result<()>;
     /// Reads all maxima.
     fn read_amax(&self, amax: &Self::Amax) -> Result<Vec<f32>>;
+
+    /// Empty sums for inputs of `cols` features, with products where `products`.
+    fn sums(&self, cols: usize, products: bool) -> Result<Self::Sums>;
+    /// Adds `x` to the sums by channel.
+    fn add_channels(&self, x: &Self::Tensor, sums: &mut Self::Sums) -> Result<()>;
+    /// Adds `xᵀ · x` to the products, in f32. The order of the additions is that of the calls and, inside a
+    /// call, depends on its number of rows alone.
+    fn add_products(&self, x: &Self::Tensor, sums: &mut Self::Sums) -> Result<()>;
+    /// Reads sums.
+    fn read_sums(&self, sums: &Self::Sums) -> Result<Sums>;
+    /// Reads a matrix as f32.
+    fn values(&self, x: &Self::Tensor) -> Result<Vec<f32>>;
 
     /// `max |w|` of a weight; NaN or infinite if any element is.
     fn weight_amax(&self, weight: &Self::Tensor) -> Result<f32>;

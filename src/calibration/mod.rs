@@ -2,10 +2,12 @@
 
 mod batches;
 mod documents;
+mod sampling;
 mod select;
 mod template;
 mod tokenize;
 
 pub use batches::{MicroBatch, micro_batches};
 pub use documents::Source;
+pub use sampling::Sampling;
 pub use select::{CalibOptions, Calibration, Summary};

@@ -1,6 +1,7 @@
 //! Checkpoints on disk: reading a Hugging Face directory, planning and writing the quantized one.
 //! Knows names, dtypes, shapes and bytes, not how numbers are chosen.
 
+mod convert;
 mod header;
 mod layout;
 mod output;
@@ -9,6 +10,7 @@ mod sidefiles;
 mod source;
 mod writer;
 
+pub use convert::{narrow, stored, widen};
 pub use header::{Header, HeaderTensor, read_header};
 pub use layout::{Layout, LinearNames, Scheme, quantization_files};
 pub use output::{Existing, OutputDir};

@@ -98,7 +98,7 @@ pub struct Args {
     plan: PlanArgs,
     /// Output directory; appears only when it is complete and proven.
     out: PathBuf,
-    /// How codes and scales are chosen: max.
+    /// How codes and scales are chosen: best, or pieces joined by +: [smooth+] max, sweep, wsweep, gptq, gptq+guard.
     #[arg(long, default_value = "max", value_name = "NAME")]
     method: Method,
     #[command(flatten)]

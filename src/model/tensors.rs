@@ -102,6 +102,15 @@ impl ModelConfig {
         ]
     }
 
+    /// Features of a site's input.
+    pub fn site_features(&self, site: Site) -> usize {
+        match site {
+            Site::Qkv | Site::GateUp => self.hidden,
+            Site::O => self.heads * self.head_dim,
+            Site::Down => self.intermediate,
+        }
+    }
+
     /// The two norms of a layer: before attention and before the MLP.
     pub fn layer_norms(&self, layer: usize) -> [TensorSpec; 2] {
         ["input_layernorm", "post_attention_layernorm"].map(|name| TensorSpec {

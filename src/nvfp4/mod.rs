@@ -17,10 +17,12 @@ pub mod e2m1;
 pub mod e4m3;
 mod error;
 mod global;
+mod search;
 
 pub use block::{Element, amax, dequantize, first_non_finite, quantize};
 pub use error::Distance;
 pub use global::GlobalScale;
+pub use search::{best_scale, quantize_searched};
 
 /// Consecutive input features that share a block scale.
 pub const BLOCK: usize = 16;

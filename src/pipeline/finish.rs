@@ -1,17 +1,19 @@
 //! From a layer's weights and input maxima to its bytes at their places in the output.
 
+use std::collections::HashMap;
 use std::time::Instant;
 
 use crossbeam_channel::Receiver;
 
 use super::job::Job;
-use super::journal::{GroupRecord, PartId, PartRecord};
+use super::journal::{Chosen, GroupRecord, PartId, PartRecord};
 use super::messages::{Event, Outbox};
 use crate::backend::Backend;
-use crate::checkpoint::OutputFiles;
+use crate::checkpoint::{OutputFiles, narrow, stored, widen};
 use crate::error::{Error, Result};
-use crate::methods::{quantize_linear, weight_amax};
-use crate::model::LayerWeights;
+use crate::methods::layer::{Folds, Layer, QuantizedGroup};
+use crate::methods::{QuantizedLinear, SiteStatistics, quantize_linear, weight_amax};
+use crate::model::{LayerWeights, Site};
 use crate::nvfp4::GlobalScale;
 use crate::report::Phases;
 
@@ -25,9 +27,19 @@ pub enum Finished<B: Backend> {
         layer: usize,
         /// Its weights.
         weights: LayerWeights<B::Tensor>,
-        /// `max |x|` by site, where the scheme needs it.
-        input_amax: Option<Vec<f32>>,
+        /// What is known of its inputs.
+        inputs: Inputs,
     },
+}
+
+/// What is known of a layer's inputs.
+pub enum Inputs {
+    /// Nothing: neither scheme nor method asks.
+    None,
+    /// `max |x|` by site.
+    Maxima(Vec<f32>),
+    /// Everything that methods other than max need, by site.
+    Statistics(Box<[SiteStatistics; 4]>),
 }
 
 /// Quantizes and places the parts that this rank owns.
@@ -55,9 +67,11 @@ impl<'a, B: Backend> Finisher<'a, B> {
         for part in parts {
             match part {
                 Finished::Copied(part) => self.copied(part)?,
-                Finished::Layer { layer, weights, input_amax } => {
-                    self.layer(layer, &weights, input_amax.as_deref())?
-                }
+                Finished::Layer { layer, weights, inputs } => match inputs {
+                    Inputs::None => self.max(layer, &weights, None)?,
+                    Inputs::Maxima(maxima) => self.max(layer, &weights, Some(&maxima))?,
+                    Inputs::Statistics(statistics) => self.chosen(layer, &weights, *statistics)?,
+                },
             }
         }
         Ok(self.phases)
@@ -69,15 +83,15 @@ impl<'a, B: Backend> Finisher<'a, B> {
             return Ok(());
         }
         let mut digest = blake3::Hasher::new();
-        self.copy(part, &mut digest)?;
+        self.copy(part, &HashMap::new(), &mut digest)?;
         self.finished(part, digest, vec![])
     }
 
-    /// Quantizes and places a layer. `input_amax` holds `max |x|` by site, where a scheme needs it.
+    /// Quantizes and places a layer with max scales. `input_amax` holds `max |x|` by site, where a scheme needs it.
     ///
     /// # Errors
     /// Exit code 5, naming the tensor, where a maximum is zero, NaN or infinite.
-    fn layer(
+    fn max(
         &mut self,
         layer: usize,
         weights: &LayerWeights<B::Tensor>,
@@ -85,7 +99,7 @@ impl<'a, B: Backend> Finisher<'a, B> {
     ) -> Result<()> {
         let part = PartId::Layer(layer);
         let mut digest = blake3::Hasher::new();
-        self.copy(part, &mut digest)?;
+        self.copy(part, &HashMap::new(), &mut digest)?;
         let mut groups = Vec::new();
         for group in &self.job.inventory.layers[layer].quantized {
             let started = Instant::now();
@@ -104,26 +118,117 @@ impl<'a, B: Backend> Finisher<'a, B> {
                 let started = Instant::now();
                 let quantized = quantize_linear(self.backend, weight, linear.rows * linear.cols, global)?;
                 self.phases.quantize += started.elapsed().as_secs_f64();
-                let names = self.job.layout.linear_names(&linear.name);
-                self.put(&names.codes, quantized.codes, &mut digest)?;
-                self.put(&names.scales, quantized.scales, &mut digest)?;
-                self.put(&names.weight_global, self.job.layout.scalar(global).to_vec(), &mut digest)?;
-                if let Some(amax) = input {
-                    let scalar = self.job.layout.scalar(GlobalScale::from_amax(amax));
-                    self.put(&names.input_global, scalar.to_vec(), &mut digest)?;
-                }
+                self.linear(&linear.name, quantized, global, input, &mut digest)?;
             }
             groups.push(GroupRecord {
                 site: group.site,
                 input_amax: input,
                 members: group.members.iter().map(|l| l.name.clone()).zip(maxima).collect(),
+                chosen: None,
             });
         }
         self.finished(part, digest, groups)
     }
 
-    fn copy(&mut self, part: PartId, digest: &mut blake3::Hasher) -> Result<()> {
+    /// Quantizes and places a layer by what its statistics say.
+    ///
+    /// # Errors
+    /// Exit code 5, naming the tensor, where a maximum is zero, NaN or infinite.
+    fn chosen(
+        &mut self,
+        layer: usize,
+        weights: &LayerWeights<B::Tensor>,
+        mut statistics: [SiteStatistics; 4],
+    ) -> Result<()> {
+        let (part, job, started) = (PartId::Layer(layer), self.job, Instant::now());
+        let quantized = &job.inventory.layers[layer].quantized;
+        for group in quantized {
+            let maxima = weight_amax(self.backend, &weights.linears[group.site as usize])?;
+            for (linear, amax) in group.members.iter().zip(maxima) {
+                healthy("weights", &linear.weight(), amax)?;
+            }
+            let amax = statistics[group.site as usize].input_amax();
+            healthy("calibration inputs", &group.members[0].name, amax)?;
+        }
+        let norms = job.model.layer_norms(layer).map(|norm| job.checkpoint.tensor(&norm.name));
+        let [before_attention, before_mlp] = norms;
+        let norms = [before_attention?, before_mlp?];
+        let read = |site: Site| {
+            weights.linears[site as usize].iter().map(|l| self.backend.values(&l.weight)).collect()
+        };
+        let described = Layer {
+            quantized: Site::ALL.map(|site| quantized.iter().any(|group| group.site == site)),
+            weights: &read,
+            norms: [widen(&norms[0])?, widen(&norms[1])?],
+            round_norm: &|x| stored(norms[0].dtype, stored(norms[1].dtype, x)),
+            heads: (job.model.heads / job.model.kv_heads, job.model.head_dim),
+            tokens: job.sampling.fit_tokens,
+            quantized_inputs: job.quantized_inputs,
+        };
+        let mut folds = described.folds(job.method, &statistics)?;
+        self.phases.quantize += started.elapsed().as_secs_f64();
+
+        let mut digest = blake3::Hasher::new();
+        self.copy(part, &rewritten(job, layer, &folds)?, &mut digest)?;
+        let mut groups = Vec::new();
+        let mut started = Instant::now();
+        described.quantize(job.method, &mut folds, &mut statistics, &mut |group| {
+            self.phases.quantize += started.elapsed().as_secs_f64();
+            let spec =
+                quantized.iter().find(|spec| spec.site == group.site).expect("only these were asked for");
+            let names: Vec<&String> = spec.members.iter().map(|linear| &linear.name).collect();
+            if let Some(reason) = &group.fallback {
+                tracing::warn!("{}: {reason}", names[0]);
+            }
+            let input = job.quantized_inputs.then_some(group.input_amax);
+            let (mut maxima, mut verdicts) = (vec![], vec![]);
+            for (name, member) in names.into_iter().zip(group.members) {
+                healthy("folded weights", name, member.amax)?;
+                self.linear(name, member.linear, group.global, input, &mut digest)?;
+                maxima.push((name.clone(), member.amax));
+                verdicts.push(member.verdict);
+            }
+            let QuantizedGroup { site, smoothing, damping, fallback, .. } = group;
+            let chosen = Some(Chosen { smoothing, damping, fallback, verdicts });
+            groups.push(GroupRecord { site, input_amax: input, members: maxima, chosen });
+            started = Instant::now();
+            Ok(())
+        })?;
+        self.finished(part, digest, groups)
+    }
+
+    /// Places the tensors of one linear.
+    fn linear(
+        &mut self,
+        name: &str,
+        quantized: QuantizedLinear,
+        global: GlobalScale,
+        input_amax: Option<f32>,
+        digest: &mut blake3::Hasher,
+    ) -> Result<()> {
+        let names = self.job.layout.linear_names(name);
+        self.put(&names.codes, quantized.codes, digest)?;
+        self.put(&names.scales, quantized.scales, digest)?;
+        self.put(&names.weight_global, self.job.layout.scalar(global).to_vec(), digest)?;
+        if let Some(amax) = input_amax {
+            let scalar = self.job.layout.scalar(GlobalScale::from_amax(amax));
+            self.put(&names.input_global, scalar.to_vec(), digest)?;
+        }
+        Ok(())
+    }
+
+    /// Carries tensors over, some of them rewritten.
+    fn copy(
+        &mut self,
+        part: PartId,
+        rewritten: &HashMap<String, Vec<u8>>,
+        digest: &mut blake3::Hasher,
+    ) -> Result<()> {
         for name in &self.job.part(part).copied {
+            if let Some(bytes) = rewritten.get(name) {
+                self.put(name, bytes.clone(), digest)?;
+                continue;
+            }
             let tensor = self.job.checkpoint.tensor(name)?;
             match self.files {
                 // In place there is no need for a copy in memory: an embedding may be gigabytes.
@@ -157,6 +262,28 @@ impl<'a, B: Backend> Finisher<'a, B> {
         let digest = digest.finalize().to_hex().to_string();
         self.outbox.event(Event::Finished(PartRecord { part, digest, groups }))
     }
+}
+
+/// The norms and biases that folds change, in the dtypes of the source.
+fn rewritten(job: &Job, layer: usize, folds: &Folds) -> Result<HashMap<String, Vec<u8>>> {
+    let mut tensors = HashMap::new();
+    for (spec, values) in job.model.layer_norms(layer).into_iter().zip(&folds.norms) {
+        if let Some(values) = values {
+            let dtype = job.checkpoint.entry(&spec.name)?.dtype;
+            tensors.insert(spec.name, narrow(dtype, values));
+        }
+    }
+    let groups = job.model.groups(layer);
+    let v = &groups[Site::Qkv as usize].members[2];
+    let up = &groups[Site::GateUp as usize].members[1];
+    for (linear, factors) in [(v, &folds.v), (up, &folds.up)] {
+        if let (Some(name), Some(factors)) = (linear.bias(), factors) {
+            let bias = job.checkpoint.tensor(&name)?;
+            let values: Vec<f32> = widen(&bias)?.iter().zip(factors).map(|(bias, f)| bias * f).collect();
+            tensors.insert(name, narrow(bias.dtype, &values));
+        }
+    }
+    Ok(tensors)
 }
 
 /// A maximum that can be turned into a scale.

@@ -5,8 +5,9 @@ use std::ops::Range;
 
 use super::inventory::{Inventory, Part};
 use super::journal::PartId;
-use crate::calibration::MicroBatch;
+use crate::calibration::{MicroBatch, Sampling};
 use crate::checkpoint::{Checkpoint, Layout};
+use crate::methods::Method;
 use crate::model::ModelConfig;
 
 /// The job, the same on every rank (but for where the checkpoint lies).
@@ -19,6 +20,12 @@ pub struct Job {
     pub inventory: Inventory,
     /// How the output is written.
     pub layout: Layout,
+    /// Whether inputs are quantized when served.
+    pub quantized_inputs: bool,
+    /// How codes and scales are chosen.
+    pub method: Method,
+    /// Which calibration tokens choose, and which judge.
+    pub sampling: Sampling,
     /// Tokens of each calibration document.
     pub lengths: Vec<usize>,
     /// The documents' token ids, one after another.

@@ -9,6 +9,8 @@ use std::io::Write;
 use std::path::{Path, PathBuf};
 
 use crate::error::{Error, Result};
+use crate::methods::Smoothing;
+use crate::methods::layer::Verdict;
 use crate::model::Site;
 
 /// The journal's file name inside `OUT.partial/`.
@@ -75,6 +77,22 @@ pub struct GroupRecord {
     pub input_amax: Option<f32>,
     /// Module names and their `max |w|`.
     pub members: Vec<(String, f32)>,
+    /// What a method other than max chose, and how good it is.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub chosen: Option<Chosen>,
+}
+
+/// What was chosen for one fused group.
+#[derive(Clone, Debug, PartialEq, serde::Serialize, serde::Deserialize)]
+pub struct Chosen {
+    /// Its fold.
+    pub smoothing: Option<Smoothing>,
+    /// The damping of its Hessian.
+    pub damping: Option<f32>,
+    /// Why codes were chosen otherwise than asked for.
+    pub fallback: Option<String>,
+    /// By member.
+    pub verdicts: Vec<Verdict>,
 }
 
 /// The open journal.
@@ -157,6 +175,7 @@ mod tests {
                 site: Site::Qkv,
                 input_amax: Some(0.1),
                 members: vec![("q".into(), f32::MIN_POSITIVE)],
+                chosen: None,
             }],
         }
     }

@@ -11,9 +11,11 @@ mod placing;
 mod quantize;
 mod root;
 mod stage;
+mod statistics;
 mod survey;
+mod walk;
 
 pub use inventory::{Inventory, Part};
-pub use journal::{GroupRecord, PartId, PartRecord};
+pub use journal::{Chosen, GroupRecord, PartId, PartRecord};
 pub use quantize::{Options, quantize};
 pub use survey::{PlanOptions, Survey, survey};

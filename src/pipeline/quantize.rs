@@ -14,7 +14,7 @@ use super::root::Root;
 use super::stage::Stage;
 use super::survey::{PlanOptions, Survey, survey};
 use crate::backend::{Backend, OnBackend};
-use crate::calibration::{CalibOptions, Calibration};
+use crate::calibration::{CalibOptions, Calibration, Sampling};
 use crate::checkpoint::{Existing, OutputDir, OutputFiles, copy_side_files, quantization_files};
 use crate::cluster::{Cluster, Outgoing, Pumped, Tag};
 use crate::error::{Error, Result};
@@ -46,6 +46,13 @@ pub struct Options {
     pub quiet: bool,
 }
 
+impl Options {
+    /// Whether hidden states must walk through the model at all.
+    fn calibrates(&self) -> bool {
+        self.plan.scheme.quantizes_activations() || self.method.needs_statistics()
+    }
+}
+
 /// Runs the job on this rank.
 ///
 /// # Errors
@@ -72,9 +79,7 @@ pub fn quantize(cluster: &Cluster, options: &Options) -> Result<()> {
     }
     let Survey { checkpoint, model, inventory, machine, device, micro_batches, plan } = surveyed;
     let forward_until = options
-        .plan
-        .scheme
-        .quantizes_activations()
+        .calibrates()
         .then(|| (0..model.layers).rev().find(|&layer| !done.contains(&PartId::Layer(layer))))
         .flatten();
     let job = Job {
@@ -82,6 +87,9 @@ pub fn quantize(cluster: &Cluster, options: &Options) -> Result<()> {
         checkpoint,
         inventory,
         layout: options.plan.layout,
+        quantized_inputs: options.plan.scheme.quantizes_activations(),
+        method: options.method,
+        sampling: Sampling::of(&calibration.lengths, options.method.guard),
         lengths: calibration.lengths,
         ids: calibration.ids,
         micro_batches,
@@ -124,7 +132,7 @@ pub fn quantize(cluster: &Cluster, options: &Options) -> Result<()> {
         let verified = started.elapsed().as_secs_f64();
         let mut report =
             RunReport::new(options, cluster.library(), plan, ranks.unwrap_or_default(), records, proof);
-        report.calibration = options.plan.scheme.quantizes_activations().then_some(calibration.summary);
+        report.calibration = options.calibrates().then_some(calibration.summary);
         report.source_bytes = job.checkpoint.total_bytes();
         report.output_bytes = placement.total_bytes();
         report.side_files = side_files;
@@ -156,7 +164,7 @@ fn finish(options: &Options, mut report: RunReport, dir: &OutputDir, started: In
 }
 
 fn calibrate(cluster: &Cluster, options: &Options, model: &ModelConfig) -> Result<Calibration> {
-    if !options.plan.scheme.quantizes_activations() {
+    if !options.calibrates() {
         return Ok(Calibration::default());
     }
     // Only rank 0 needs the data and the tokenizer.

@@ -103,7 +103,7 @@ pub fn survey(
                 .map(|batch| lengths[batch.samples.clone()].iter().sum::<usize>() as u64)
                 .max()
                 .unwrap_or(0),
-            calibrates: options.scheme.quantizes_activations(),
+            calibrates: !lengths.is_empty(),
         };
         let nodes = nodes.as_deref().unwrap_or_default();
         plan(nodes, &inventory.cost(&model), &work, options.layers_per_rank.as_deref())

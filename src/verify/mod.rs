@@ -6,6 +6,7 @@
 
 mod config_rules;
 mod file_rules;
+mod folds;
 mod report;
 mod scale_rules;
 mod scan;

@@ -4,6 +4,7 @@ use half::{bf16, f16};
 use rayon::prelude::*;
 use safetensors::Dtype;
 
+use super::folds::LayerFolds;
 use super::scheme::LinearScheme;
 use super::subject::Subject;
 use crate::checkpoint::{Layout, SourceTensor};
@@ -33,8 +34,8 @@ pub struct LinearScan {
 /// Elements that are compared at a time.
 const CHUNK: usize = 1 << 16;
 
-/// Scans the NVFP4 members of a fused group.
-pub fn scan_group(subject: &Subject, group: &Group) -> Vec<LinearScan> {
+/// Scans the NVFP4 members of a fused group. Distances are to the source with the folds applied.
+pub fn scan_group(subject: &Subject, group: &Group, folds: &LayerFolds) -> Vec<LinearScan> {
     let members: Vec<&LinearSpec> = group
         .members
         .iter()
@@ -57,7 +58,12 @@ pub fn scan_group(subject: &Subject, group: &Group) -> Vec<LinearScan> {
         let content =
             parts.map(|(codes, scales)| Content::of(codes, scales)).reduce(Content::default, Content::and);
         let compared = source.as_ref().filter(|s| s.shape == [linear.rows, linear.cols]).map(|source| {
-            let (distance, differing) = compare(source, &codes, &scales, global, expected);
+            let (distance, differing) = {
+                let member = group.members.iter().position(|member| member.name == linear.name).unwrap_or(0);
+                let fold =
+                    |first: usize, w: &mut [f32]| folds.apply(group.site, member, linear.cols, first, w);
+                compare(source, &fold, &codes, &scales, global, expected)
+            };
             let stored = subject.layout.unwrap_or(Layout::Modelopt).scalar(expected);
             let differs = stored != weight_global.to_le_bytes();
             (distance, differing + if differs { 4 } else { 0 })
@@ -84,6 +90,7 @@ fn multiplier(layout: Option<Layout>, stored: f32) -> GlobalScale {
 /// compared in parallel and added up in order.
 fn compare(
     source: &SourceTensor,
+    fold: &(dyn Fn(usize, &mut [f32]) + Sync),
     codes: &[u8],
     scales: &[u8],
     global: GlobalScale,
@@ -95,6 +102,7 @@ fn compare(
             || (Vec::with_capacity(CHUNK), vec![0; CHUNK / 2], vec![0; CHUNK / BLOCK]),
             |(w, my_codes, my_scales), (i, (codes, scales))| {
                 widen(source, i * CHUNK..i * CHUNK + codes.len() * 2, w);
+                fold(i * CHUNK, w);
                 let (my_codes, my_scales) = (&mut my_codes[..codes.len()], &mut my_scales[..scales.len()]);
                 nvfp4::quantize(w, expected, my_codes, my_scales);
                 let differing = different(codes, my_codes) + different(scales, my_scales);

@@ -8,11 +8,13 @@ use memmap2::MmapOptions;
 use safetensors::Dtype;
 use serde_json::{Map, Value};
 
+use super::folds::LayerFolds;
 use super::report::TensorError;
 use super::scan::{LinearScan, scan_group};
 use super::scheme::{LinearScheme, Schemes};
 use crate::checkpoint::{Checkpoint, Layout, LinearNames, read_header};
 use crate::error::Result;
+use crate::methods::Method;
 use crate::model::{Group, LinearSpec, ModelConfig};
 
 /// A tensor of the directory.
@@ -181,9 +183,21 @@ impl Subject {
     /// Reads every quantized linear once.
     pub fn scan(&mut self) {
         use rayon::prelude::*;
-        let groups = self.groups();
-        self.linears = groups.par_iter().flat_map_iter(|group| scan_group(self, group)).collect();
+        let Ok(model) = &self.model else { return };
+        let layers = (0..model.layers).into_par_iter().flat_map_iter(|layer| {
+            let folds = LayerFolds::of(self, model, layer);
+            let groups = model.groups(layer).into_iter();
+            groups.flat_map(|group| scan_group(self, &group, &folds)).collect::<Vec<_>>()
+        });
+        self.linears = layers.collect();
         self.scanned = true;
+    }
+
+    /// Whether the files say that factors were folded into norms, v and up.
+    pub fn folds(&self) -> bool {
+        let method =
+            self.method.as_ref().filter(|_| self.ours).and_then(|method| method.parse::<Method>().ok());
+        method.is_some_and(|method| method.smooth)
     }
 
     /// Every linear's distance to its source.

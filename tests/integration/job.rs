@@ -7,13 +7,13 @@ use serde_json::Value;
 use crate::support::{Distq, Scene, digests};
 
 /// Runs until a weight of `layer` turns out to be NaN, then repairs the source: a run that died on the way.
-fn stop_in_layer(scene: &Scene, layer: usize) {
+fn stop_in_layer(scene: &Scene, layer: usize, method: &str) {
     let weights = fs::read(scene.weights()).unwrap();
     scene.change_weights(|tensors| {
         let (_, _, bytes) = tensors.get_mut(&format!("model.layers.{layer}.mlp.down_proj.weight")).unwrap();
         bytes[..2].copy_from_slice(&half::bf16::NAN.to_le_bytes());
     });
-    let ended = scene.quantize("out").run();
+    let ended = scene.quantize("out").args(["--method", method]).run();
     assert_eq!(ended.code, 5, "{}", ended.stderr);
     fs::write(scene.weights(), weights).unwrap();
     assert!(!scene.path("out").exists(), "nothing looks finished");
@@ -21,22 +21,29 @@ fn stop_in_layer(scene: &Scene, layer: usize) {
 
 #[test]
 fn a_run_that_died_is_resumed_to_the_same_bytes() {
-    let scene = Scene::new();
-    scene.quantize("expected").succeed();
-    stop_in_layer(&scene, 3);
-    let journal = fs::read_to_string(scene.path("out.partial/distq-journal.jsonl")).unwrap();
-    assert_eq!(journal.lines().count(), 1 + 1 + 3, "the fingerprint, the embedding, three layers: {journal}");
-    assert_eq!(scene.quantize("out").run().code, 2, "an unfinished run is not started over silently");
-    scene.quantize("out").args(["--resume"]).ranks(2).succeed();
-    assert_eq!(digests(&scene.path("out")), digests(&scene.path("expected")));
-    assert!(!scene.path("out.partial").exists());
+    for method in ["max", "best"] {
+        let scene = Scene::new();
+        let run = |out: &str| scene.quantize(out).args(["--method", method]);
+        run("expected").succeed();
+        stop_in_layer(&scene, 3, method);
+        let journal = fs::read_to_string(scene.path("out.partial/distq-journal.jsonl")).unwrap();
+        assert_eq!(
+            journal.lines().count(),
+            1 + 1 + 3,
+            "the fingerprint, the embedding, three layers: {journal}"
+        );
+        assert_eq!(run("out").run().code, 2, "an unfinished run is not started over silently");
+        run("out").args(["--resume"]).ranks(2).succeed();
+        assert_eq!(digests(&scene.path("out")), digests(&scene.path("expected")), "{method}");
+        assert!(!scene.path("out.partial").exists());
+    }
 }
 
 #[test]
 fn parts_damaged_after_they_were_finished_are_made_again() {
     let scene = Scene::new();
     scene.quantize("expected").succeed();
-    stop_in_layer(&scene, 5);
+    stop_in_layer(&scene, 5, "max");
     let shard = scene.path("out.partial/model.safetensors");
     let mut bytes = fs::read(&shard).unwrap();
     let middle = bytes.len() / 2;
@@ -49,7 +56,7 @@ fn parts_damaged_after_they_were_finished_are_made_again() {
 #[test]
 fn resuming_something_else_is_refused_with_the_reason() {
     let scene = Scene::new();
-    stop_in_layer(&scene, 5);
+    stop_in_layer(&scene, 5, "max");
     let refused = |command: Distq, word: &str| {
         let ended = command.args(["--resume"]).run();
         assert_eq!(ended.code, 2, "{}", ended.stderr);

@@ -34,6 +34,25 @@ fn every_number_of_ranks_and_every_split_gives_the_same_files() {
 }
 
 #[test]
+fn methods_that_walk_twice_give_the_same_files_on_any_ranks() {
+    let scene = Scene::new();
+    for (method, scheme) in
+        [("best", "nvfp4"), ("smooth+wsweep", "nvfp4"), ("best", "nvfp4a16"), ("sweep", "nvfp4")]
+    {
+        let name = |case: &str| format!("{method}-{scheme}-{case}");
+        let run = |case: &str| scene.quantize(&name(case)).args(["--method", method, "--scheme", scheme]);
+        run("alone").succeed();
+        let expected = digests(&scene.path(&name("alone")));
+        run("2").ranks(2).succeed();
+        run("3").ranks(3).args(["--layers-per-rank", "1,4,1", "--gather"]).succeed();
+        run("6").ranks(6).succeed();
+        for case in ["2", "3", "6"] {
+            assert_eq!(digests(&scene.path(&name(case))), expected, "{method} {scheme}, {case} ranks");
+        }
+    }
+}
+
+#[test]
 fn weight_only_output_is_the_same_on_any_ranks_and_needs_no_data() {
     let scene = Scene::new();
     let run = |name: &str| {

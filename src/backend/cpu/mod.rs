@@ -4,6 +4,7 @@ mod attention;
 mod elementwise;
 pub mod gemm;
 mod shared;
+mod sums;
 mod tensor;
 
 use half::bf16;
@@ -15,7 +16,7 @@ use shared::Disjoint;
 use tensor::Scalar;
 pub use tensor::{Tensor, View};
 
-use super::{Backend, Compute, Heads};
+use super::{Backend, Compute, Heads, Sums};
 use crate::checkpoint::SourceTensor;
 use crate::error::{Error, Result};
 use crate::nvfp4::{self, BLOCK, GlobalScale};
@@ -184,6 +185,7 @@ impl Backend for Cpu {
     type Tensor = Tensor;
     type Index = Vec<u32>;
     type Amax = Vec<f32>;
+    type Sums = Sums;
 
     fn compute(&self) -> Compute {
         self.compute
@@ -303,6 +305,34 @@ impl Backend for Cpu {
 
     fn read_amax(&self, amax: &Vec<f32>) -> Result<Vec<f32>> {
         Ok(amax.clone())
+    }
+
+    fn sums(&self, cols: usize, products: bool) -> Result<Sums> {
+        Ok(sums::empty(cols, products))
+    }
+
+    fn add_channels(&self, x: &Tensor, sums: &mut Sums) -> Result<()> {
+        self.pool.install(|| match x.view() {
+            View::Bf16(x) => sums::add_channels(x, sums),
+            View::F32(x) => sums::add_channels(x, sums),
+        });
+        Ok(())
+    }
+
+    fn add_products(&self, x: &Tensor, sums: &mut Sums) -> Result<()> {
+        self.pool.install(|| sums::add_products(x, &mut sums.products));
+        Ok(())
+    }
+
+    fn read_sums(&self, sums: &Sums) -> Result<Sums> {
+        Ok(sums.clone())
+    }
+
+    fn values(&self, x: &Tensor) -> Result<Vec<f32>> {
+        Ok(match x.view() {
+            View::Bf16(x) => x.iter().map(|x| x.get()).collect(),
+            View::F32(x) => x.to_vec(),
+        })
     }
 
     fn weight_amax(&self, weight: &Tensor) -> Result<f32> {

@@ -1,11 +1,11 @@
 //! Matrices in host memory.
 
 use bytemuck::Pod;
-use half::{bf16, f16};
+use half::bf16;
 use safetensors::Dtype;
 
 use crate::backend::Compute;
-use crate::checkpoint::SourceTensor;
+use crate::checkpoint::{SourceTensor, widen};
 use crate::error::{Error, Result};
 
 /// A row-major matrix in host memory.
@@ -178,23 +178,10 @@ impl Tensor {
     }
 }
 
-fn widen(source: &SourceTensor) -> Result<Vec<f32>> {
-    let bytes = source.bytes();
-    let pair = |b: &[u8]| u16::from_le_bytes([b[0], b[1]]);
-    Ok(match source.dtype {
-        Dtype::BF16 => bytes.chunks_exact(2).map(|b| bf16::from_bits(pair(b)).get()).collect(),
-        Dtype::F16 => bytes.chunks_exact(2).map(|b| f16::from_bits(pair(b)).to_f32()).collect(),
-        Dtype::F32 => bytemuck::pod_collect_to_vec(bytes),
-        other => {
-            return Err(Error::input(format!("the dtype is {other:?}"))
-                .tensor(&source.name)
-                .fix("use a checkpoint in BF16, F16 or F32"));
-        }
-    })
-}
-
 #[cfg(test)]
 mod tests {
+    use half::f16;
+
     use super::*;
 
     #[test]

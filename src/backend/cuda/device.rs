@@ -27,7 +27,7 @@ pub struct Cuda {
     pub(super) processors: i32,
     pub(super) uploads: Staging,
     downloads: Staging,
-    blas: CudaBlas,
+    pub(super) blas: CudaBlas,
     attention: Mutex<HashMap<usize, CudaFunction>>,
     name: String,
 }

@@ -24,6 +24,7 @@ pub struct Kernels {
     pub add_bias: CudaFunction,
     pub amax: CudaFunction,
     pub quantize: CudaFunction,
+    pub channel_sums: CudaFunction,
 }
 
 impl Kernels {
@@ -44,6 +45,7 @@ impl Kernels {
             add_bias: function("add_bias")?,
             amax: function("amax")?,
             quantize: function("quantize")?,
+            channel_sums: function("channel_sums")?,
         })
     }
 }

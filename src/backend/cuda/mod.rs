@@ -6,6 +6,7 @@
 mod device;
 mod kernels;
 mod staging;
+mod sums;
 mod tensor;
 
 use std::sync::Mutex;
@@ -15,11 +16,12 @@ use cudarc::driver::{DevicePtr, LaunchConfig};
 pub use device::{Cuda, available};
 pub use tensor::Tensor;
 
-use super::{Backend, Compute, Heads};
+use super::{Backend, Compute, Heads, Sums};
 use crate::checkpoint::SourceTensor;
 use crate::error::{Error, Result};
 use crate::nvfp4::{BLOCK, GlobalScale};
 use kernels::launch;
+pub use sums::DeviceSums;
 
 /// A list of `u32` on the GPU, with a copy here: bounds are read on both sides.
 pub struct Index {
@@ -58,6 +60,7 @@ impl Backend for Cuda {
     type Tensor = Tensor;
     type Index = Index;
     type Amax = Amax;
+    type Sums = DeviceSums;
 
     fn compute(&self) -> Compute {
         self.compute
@@ -204,6 +207,33 @@ impl Backend for Cuda {
         let slots = amax.0.lock().expect("no holder of this lock panics");
         let bits = self.stream.clone_dtoh(&*slots).map_err(|e| self.failed("read maxima", e))?;
         Ok(bits.into_iter().map(f32::from_bits).collect())
+    }
+
+    fn sums(&self, cols: usize, products: bool) -> Result<DeviceSums> {
+        DeviceSums::new(self, cols, products)
+    }
+
+    fn add_channels(&self, x: &Tensor, sums: &mut DeviceSums) -> Result<()> {
+        sums.add_channels(self, x)
+    }
+
+    fn add_products(&self, x: &Tensor, sums: &mut DeviceSums) -> Result<()> {
+        sums.add_products(self, x)
+    }
+
+    fn read_sums(&self, sums: &DeviceSums) -> Result<Sums> {
+        sums.read(self)
+    }
+
+    fn values(&self, x: &Tensor) -> Result<Vec<f32>> {
+        let mut bytes = Vec::new();
+        x.download(self, &mut bytes)?;
+        Ok(match self.compute {
+            Compute::Bf16 => {
+                bytes.chunks_exact(2).map(|b| half::bf16::from_le_bytes([b[0], b[1]]).to_f32()).collect()
+            }
+            Compute::F32 => bytemuck::pod_collect_to_vec(&bytes),
+        })
     }
 
     fn weight_amax(&self, weight: &Tensor) -> Result<f32> {

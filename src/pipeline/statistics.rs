@@ -1,0 +1,129 @@
+//! What methods need to know of a layer's inputs, summed up and sampled while micro-batches pass.
+
+use super::job::Job;
+use crate::backend::Backend;
+use crate::error::Result;
+use crate::methods::SiteStatistics;
+use crate::model::{ModelConfig, Site};
+
+/// The roles of one micro-batch's tokens, as row numbers inside it.
+struct Roles<I> {
+    /// Tokens of documents that are not held out; none where that is all of them.
+    fit: Option<(I, usize)>,
+    /// Sampled rows to choose with.
+    sample: Option<(I, usize)>,
+    /// Sampled rows to judge with.
+    judge: Option<(I, usize)>,
+}
+
+/// The roles of all micro-batches.
+pub struct Gathering<'a, B: Backend> {
+    backend: &'a B,
+    products: bool,
+    roles: Vec<Roles<B::Index>>,
+}
+
+/// The statistics of one layer, in the making.
+pub struct LayerSums<B: Backend> {
+    sites: [SiteSums<B>; 4],
+}
+
+struct SiteSums<B: Backend> {
+    sums: B::Sums,
+    fit: Vec<f32>,
+    held_out: Vec<f32>,
+}
+
+impl<'a, B: Backend> Gathering<'a, B> {
+    /// Finds the roles of every micro-batch's tokens.
+    pub fn new(backend: &'a B, job: &Job) -> Result<Gathering<'a, B>> {
+        let mut first = 0;
+        let index = |rows: Vec<u32>| -> Result<Option<(B::Index, usize)>> {
+            Ok(if rows.is_empty() { None } else { Some((backend.index(&rows)?, rows.len())) })
+        };
+        let mut roles = Vec::new();
+        for batch in &job.micro_batches {
+            let lengths = &job.lengths[batch.samples.clone()];
+            let tokens: usize = lengths.iter().sum();
+            let inside = |sampled: &[usize]| -> Vec<u32> {
+                let rows = sampled.iter().filter(|&&token| (first..first + tokens).contains(&token));
+                rows.map(|&token| (token - first) as u32).collect()
+            };
+            let held = &job.sampling.held_out[batch.samples.clone()];
+            let fit: Vec<u32> = lengths
+                .iter()
+                .zip(held)
+                .flat_map(|(&length, &held)| std::iter::repeat_n(!held, length))
+                .zip(0..)
+                .filter_map(|(fit, row)| fit.then_some(row))
+                .collect();
+            roles.push(Roles {
+                fit: if fit.len() == tokens { None } else { Some((backend.index(&fit)?, fit.len())) },
+                sample: index(inside(&job.sampling.fit))?,
+                judge: index(inside(&job.sampling.judge))?,
+            });
+            first += tokens;
+        }
+        Ok(Gathering { backend, products: job.method.needs_products(), roles })
+    }
+
+    /// Empty statistics for one layer.
+    pub fn layer(&self, model: &ModelConfig) -> Result<LayerSums<B>> {
+        let site = |site: Site| {
+            let sums = self.backend.sums(model.site_features(site), self.products)?;
+            Ok(SiteSums { sums, fit: vec![], held_out: vec![] })
+        };
+        let [a, b, c, d] = Site::ALL;
+        Ok(LayerSums { sites: [site(a)?, site(b)?, site(c)?, site(d)?] })
+    }
+
+    /// Takes the input of a site that micro-batch `number` brings.
+    pub fn take(
+        &self,
+        number: usize,
+        site: Site,
+        x: &B::Tensor,
+        cols: usize,
+        layer: &mut LayerSums<B>,
+    ) -> Result<()> {
+        let roles = &self.roles[number];
+        let sums = &mut layer.sites[site as usize];
+        self.backend.add_channels(x, &mut sums.sums)?;
+        if self.products {
+            match &roles.fit {
+                None => self.backend.add_products(x, &mut sums.sums)?,
+                Some((_, 0)) => {}
+                Some(rows) => self.backend.add_products(&self.rows(x, rows, cols)?, &mut sums.sums)?,
+            }
+        }
+        for (rows, to) in [(&roles.sample, &mut sums.fit), (&roles.judge, &mut sums.held_out)] {
+            if let Some(rows) = rows {
+                to.extend(self.backend.values(&self.rows(x, rows, cols)?)?);
+            }
+        }
+        Ok(())
+    }
+
+    /// Reads the finished statistics of a layer.
+    pub fn finish(&self, layer: LayerSums<B>) -> Result<[SiteStatistics; 4]> {
+        let mut out = [const { None }; 4];
+        for (out, site) in out.iter_mut().zip(layer.sites) {
+            let sums = self.backend.read_sums(&site.sums)?;
+            *out = Some(SiteStatistics {
+                amax: sums.amax,
+                squares: sums.squares,
+                products: sums.products,
+                fit: site.fit,
+                held_out: site.held_out,
+            });
+        }
+        Ok(out.map(Option::unwrap_or_default))
+    }
+
+    /// Some rows of `x`, in their order.
+    fn rows(&self, x: &B::Tensor, (rows, count): &(B::Index, usize), cols: usize) -> Result<B::Tensor> {
+        let mut out = self.backend.activation(*count, cols)?;
+        self.backend.embed(x, rows, &mut out)?;
+        Ok(out)
+    }
+}
