@@ -67,3 +67,21 @@ extern "C" __global__ void channel_sums(const Element *x, int rows, int cols, u3
     amax[channel] = top;
     squares[channel] += sum;
 }
+
+// Quantizes and dequantizes inputs in place as engines do: a block scale E4M3(min(448, divisor * (amax / 6))), a
+// block whose scale rounds to zero becomes zero. One thread a block of 16.
+extern "C" __global__ void quantize_input(Element *x, u64 blocks, float divisor) {
+    u64 block = (u64)blockIdx.x * blockDim.x + threadIdx.x;
+    if (block >= blocks) return;
+    Element *at = x + block * 16;
+    float top = 0;
+    for (int i = 0; i < 16; i++) top = fmaxf(top, fabsf(get(at[i])));
+    float scale = e4m3_value(e4m3(fminf(divisor * (top * (1.0f / 6.0f)), 448.0f)));
+    const float magnitudes[8] = {0.0f, 0.5f, 1.0f, 1.5f, 2.0f, 3.0f, 4.0f, 6.0f};
+    float step = scale / divisor;
+    for (int i = 0; i < 16; i++) {
+        u32 code = scale == 0 ? 0 : e2m1(get(at[i]) / step);
+        float value = magnitudes[code & 7] * step;
+        at[i] = round_to_element(scale == 0 ? 0.0f : (code & 8 ? -value : value));
+    }
+}

@@ -9,6 +9,7 @@ pub mod calibration;
 pub mod checkpoint;
 pub mod cluster;
 pub mod error;
+pub mod evaluation;
 pub mod methods;
 pub mod model;
 pub mod nvfp4;

@@ -133,6 +133,8 @@ pub trait Backend: Send + Sync {
     ) -> Result<()>;
     /// `gate = round(silu(gate)) * up`, in place.
     fn silu_mul(&self, gate: &mut Self::Tensor, up: &Self::Tensor) -> Result<()>;
+    /// Quantizes and dequantizes an input in place, as [`crate::nvfp4::activation`] says.
+    fn quantize_input(&self, x: &mut Self::Tensor, input: crate::nvfp4::GlobalScale) -> Result<()>;
     /// `x += y`.
     fn add(&self, x: &mut Self::Tensor, y: &Self::Tensor) -> Result<()>;
 

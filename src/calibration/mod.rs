@@ -6,8 +6,10 @@ mod sampling;
 mod select;
 mod template;
 mod tokenize;
+mod windows;
 
 pub use batches::{MicroBatch, micro_batches};
 pub use documents::Source;
 pub use sampling::Sampling;
 pub use select::{CalibOptions, Calibration, Summary};
+pub use windows::windows;

@@ -46,6 +46,14 @@ impl Tokenize {
         }
     }
 
+    /// The ids of text as it stands, without special tokens.
+    ///
+    /// # Errors
+    /// Exit code 3: no usable tokenizer.json.
+    pub fn plain(&mut self, text: &str) -> Result<Vec<u32>> {
+        self.encode(text, false)
+    }
+
     /// Whether a conversation was tokenized without a template.
     pub fn lacks_template(&self) -> bool {
         matches!(self.template, Some(None))

@@ -1,5 +1,6 @@
 //! Arguments, and which run to start. A file a subcommand.
 
+mod eval;
 mod inspect;
 mod plan;
 mod quantize;
@@ -36,6 +37,8 @@ enum Command {
     Inspect(inspect::Args),
     /// Prove that a quantized checkpoint is what loaders expect.
     Verify(verify::Args),
+    /// Measure perplexity, and the distance to a reference's predictions.
+    Eval(eval::Args),
 }
 
 impl Cli {
@@ -56,6 +59,7 @@ impl Cli {
             Command::Plan(args) => plan::run(args, cluster),
             Command::Inspect(args) => inspect::run(args, cluster),
             Command::Verify(args) => verify::run(args, cluster),
+            Command::Eval(args) => eval::run(args, cluster),
         }
     }
 }

@@ -72,8 +72,8 @@ pub struct Decoder<'a, B: Backend> {
     sin: B::Tensor,
 }
 
-/// Called with each site's input before it meets the weights.
-pub type Observe<'a, T> = &'a mut dyn FnMut(Site, &T) -> Result<()>;
+/// Called with each site's input before it meets the weights; may change it.
+pub type Observe<'a, T> = &'a mut dyn FnMut(Site, &mut T) -> Result<()>;
 
 impl<'a, B: Backend> Decoder<'a, B> {
     /// Puts the rotary table where the backend computes.
@@ -131,7 +131,7 @@ impl<'a, B: Backend> Decoder<'a, B> {
         };
 
         b.rms_norm(x, &weights.norms[0], c.norm_eps, &mut work.normed)?;
-        observe(Site::Qkv, &work.normed)?;
+        observe(Site::Qkv, &mut work.normed)?;
         linear(&work.normed, &qkv[0], &mut work.q)?;
         linear(&work.normed, &qkv[1], &mut work.k)?;
         linear(&work.normed, &qkv[2], &mut work.v)?;
@@ -147,16 +147,16 @@ impl<'a, B: Backend> Decoder<'a, B> {
             c.sliding_window,
             &mut work.attended,
         )?;
-        observe(Site::O, &work.attended)?;
+        observe(Site::O, &mut work.attended)?;
         linear(&work.attended, &o[0], &mut work.branch)?;
         b.add(x, &work.branch)?;
 
         b.rms_norm(x, &weights.norms[1], c.norm_eps, &mut work.normed)?;
-        observe(Site::GateUp, &work.normed)?;
+        observe(Site::GateUp, &mut work.normed)?;
         linear(&work.normed, &gate_up[0], &mut work.gate)?;
         linear(&work.normed, &gate_up[1], &mut work.up)?;
         b.silu_mul(&mut work.gate, &work.up)?;
-        observe(Site::Down, &work.gate)?;
+        observe(Site::Down, &mut work.gate)?;
         linear(&work.gate, &down[0], &mut work.branch)?;
         b.add(x, &work.branch)
     }

@@ -21,6 +21,22 @@ pub fn encode(x: f32) -> u8 {
     index | (((x < 0.0) as u8) << 3)
 }
 
+/// The value of the nearest code, as a sum of the steps that are passed: selects instead of a table keep this in
+/// vectors.
+#[inline(always)]
+pub fn nearest(x: f32) -> f32 {
+    let a = x.abs();
+    let on = |passed: bool, by: f32| if passed { by } else { 0.0 };
+    let magnitude = on(a > 0.25, 0.5)
+        + on(a >= 0.75, 0.5)
+        + on(a > 1.25, 0.5)
+        + on(a >= 1.75, 0.5)
+        + on(a > 2.5, 1.0)
+        + on(a >= 3.5, 1.0)
+        + on(a > 5.0, 2.0);
+    magnitude.copysign(x)
+}
+
 /// The value of a code (only the low four bits count). Code 8 is -0.0.
 #[inline(always)]
 pub fn decode(code: u8) -> f32 {

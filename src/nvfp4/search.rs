@@ -85,17 +85,7 @@ pub fn best_scale(w: &[f32; BLOCK], importance: &[f32; BLOCK], global: GlobalSca
 fn loss(w: &[f32; BLOCK], importance: &[f32; BLOCK], step: f32) -> f32 {
     let mut terms = [0f32; BLOCK];
     for ((term, w), importance) in terms.iter_mut().zip(w).zip(importance) {
-        let a = (w / step).abs();
-        // The nearest magnitude as a sum of steps passed: selects instead of a table keep this in vectors.
-        let on = |passed: bool, by: f32| if passed { by } else { 0.0 };
-        let nearest = on(a > 0.25, 0.5)
-            + on(a >= 0.75, 0.5)
-            + on(a > 1.25, 0.5)
-            + on(a >= 1.75, 0.5)
-            + on(a > 2.5, 1.0)
-            + on(a >= 3.5, 1.0)
-            + on(a > 5.0, 2.0);
-        let error = w.abs() - nearest * step;
+        let error = w - e2m1::nearest(w / step) * step;
         *term = importance * (error * error);
     }
     total(terms)

@@ -131,7 +131,7 @@ impl<'a, B: Backend> Walk<'a, B> {
             for layer in self.layers.clone() {
                 let weights = loaded.recv().map_err(|_| Error::run("the loading thread ended early"))??;
                 for (i, batch) in batches.iter().enumerate() {
-                    let mut observe = |site: Site, x: &B::Tensor| pass.observe(layer, first + i, site, x);
+                    let mut observe = |site: Site, x: &mut B::Tensor| pass.observe(layer, first + i, site, x);
                     self.decoder.layer(&weights, batch, &mut work, &mut states[i], &mut observe)?;
                     outbox.event(Event::Walked { layer })?;
                     if layer + 1 == self.layers.end {

@@ -1,10 +1,12 @@
 //! What people see: the plan, progress, the closing table, JSON. The only room that prints results.
 
+mod evaluation;
 mod inspect;
 mod phases;
 mod progress;
 mod run;
 
+pub use evaluation::{Evaluation, Scores};
 pub use inspect::{Inspection, inspect};
 pub use phases::Phases;
 pub use progress::Progress;

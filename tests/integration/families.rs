@@ -66,7 +66,7 @@ fn check(dir: &Path) {
         let weights =
             LayerWeights::load(&backend, &model, layer, &|name: &str| checkpoint.tensor(name)).unwrap();
         let mut amax = backend.amax(Site::ALL.len()).unwrap();
-        let mut observe = |site: Site, x: &_| backend.observe(x, &mut amax, site as usize);
+        let mut observe = |site: Site, x: &mut _| backend.observe(x, &mut amax, site as usize);
         decoder.layer(&weights, &batch, &mut work, &mut x, &mut observe).unwrap();
         let mut bytes = vec![];
         backend.download(&x, &mut bytes).unwrap();

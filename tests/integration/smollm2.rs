@@ -147,3 +147,71 @@ fn builtin_text_is_tokenized_with_the_checkpoint_s_own_tokenizer() {
         .collect();
     assert_eq!(calibration.ids, expected);
 }
+
+/// The end of the text in the binary, whose first documents calibrate.
+fn evaluate(checkpoints: &[&Path], ranks: Option<usize>) -> Vec<Value> {
+    let dir = tempfile::tempdir().unwrap();
+    let all = fs::read_to_string(root().join("src/calibration/builtin.txt")).unwrap();
+    let end: String = all.chars().skip(all.chars().count() - 12_000).collect();
+    let text = dir.path().join("end.txt");
+    fs::write(&text, end).unwrap();
+    let mut run = Distq::new(&["eval"]).arg("--reference").arg(model()).arg("--text").arg(text);
+    run = run.args(["--windows", "12", "--window-tokens", "128", "--json"]);
+    for checkpoint in checkpoints {
+        run = run.arg(*checkpoint);
+    }
+    if let Some(ranks) = ranks {
+        run = run.ranks(ranks);
+    }
+    run.succeed().json()["models"].as_array().unwrap().clone()
+}
+
+#[test]
+fn the_best_method_halves_what_max_loses_and_any_ranks_measure_the_same() {
+    let dir = tempfile::tempdir().unwrap();
+    let calib = dir.path().join("calib.jsonl");
+    let lines: String = recorded()["ids"]
+        .as_array()
+        .unwrap()
+        .iter()
+        .rev()
+        .map(|ids| format!("{{\"input_ids\": {ids}}}\n"))
+        .collect();
+    fs::write(&calib, lines).unwrap();
+    let made = |name: &str, args: [&str; 4]| {
+        let out = dir.path().join(name);
+        quantize(&out).args(["--calib-min-tokens", "1", "--calib"]).arg(&calib).args(args).succeed();
+        out
+    };
+    let max = made("max", ["--method", "max", "--layout", "compressed-tensors"]);
+    let best = made("best", ["--method", "best", "--layout", "compressed-tensors"]);
+    let other = made("other", ["--method", "best", "--layout", "modelopt"]);
+    let scores = evaluate(&[&max, &best, &other], None);
+    let number = |scores: &Value, name: &str| scores[name].as_f64().unwrap();
+    let [source, max, best_scores, other] = &scores[..] else { panic!("{scores:?}") };
+    assert!((10.0..200.0).contains(&number(source, "perplexity")), "{source}");
+    assert!(source["mean_kl"].is_null());
+    let (max, kl) = (number(max, "mean_kl"), number(best_scores, "mean_kl"));
+    assert!(kl < 0.6 * max, "{kl} {max}");
+    // Both layouts hold the same codes; their reciprocal scales differ by a rounding at most.
+    assert!((number(other, "mean_kl") / kl - 1.0).abs() < 0.05, "{other}");
+    let three = evaluate(&[&best], Some(3));
+    assert_eq!(three[1]["perplexity"], best_scores["perplexity"]);
+    assert_eq!(three[1]["p99_kl"], best_scores["p99_kl"]);
+}
+
+#[test]
+fn evaluating_says_what_is_missing() {
+    let dir = tempfile::tempdir().unwrap();
+    let text = dir.path().join("short.txt");
+    fs::write(&text, "Too short.").unwrap();
+    let ended = Distq::new(&["eval"]).arg(model()).arg("--text").arg(&text).run();
+    assert_eq!(ended.code, 3, "{}", ended.stderr);
+    assert!(
+        ended.stderr.contains("windows of 512") && ended.stderr.contains("short.txt"),
+        "{}",
+        ended.stderr
+    );
+    let ended = Distq::new(&["eval"]).arg(model()).arg("--text").arg(dir.path().join("none.txt")).run();
+    assert_eq!((ended.code, ended.stderr.contains("none.txt")), (3, true), "{}", ended.stderr);
+}

@@ -12,6 +12,7 @@ use rayon::ThreadPool;
 use rayon::prelude::*;
 
 use attention::Attend;
+pub(crate) use elementwise::exp;
 use shared::Disjoint;
 use tensor::Scalar;
 pub use tensor::{Tensor, View};
@@ -19,6 +20,7 @@ pub use tensor::{Tensor, View};
 use super::{Backend, Compute, Heads, Sums};
 use crate::checkpoint::SourceTensor;
 use crate::error::{Error, Result};
+use crate::nvfp4::activation::quantize_dequantize;
 use crate::nvfp4::{self, BLOCK, GlobalScale};
 
 /// The CPU backend.
@@ -106,6 +108,20 @@ impl Cpu {
         self.pool.install(|| {
             let rows = T::of_mut(out).par_chunks_exact_mut(cols).zip(T::of(x).par_chunks_exact(cols));
             rows.with_min_len(16).for_each(|(out, x)| elementwise::rms_norm(x, weight, eps, out));
+        });
+    }
+
+    fn quantize_input_as<T: Scalar>(&self, x: &mut Tensor, input: GlobalScale) {
+        let cols = x.cols;
+        self.pool.install(|| {
+            T::of_mut(x).par_chunks_exact_mut(cols).with_min_len(16).for_each_init(
+                || vec![0.0; cols],
+                |wide, row| {
+                    wide.iter_mut().zip(&*row).for_each(|(wide, x)| *wide = x.get());
+                    quantize_dequantize(wide, input);
+                    row.iter_mut().zip(wide).for_each(|(x, wide)| *x = T::round(*wide));
+                },
+            );
         });
     }
 
@@ -280,6 +296,11 @@ impl Backend for Cpu {
             Compute::Bf16 => self.zip(bf16::of_mut(gate), bf16::of(up), elementwise::silu_mul),
             Compute::F32 => self.zip(f32::of_mut(gate), f32::of(up), elementwise::silu_mul),
         }
+        Ok(())
+    }
+
+    fn quantize_input(&self, x: &mut Tensor, input: GlobalScale) -> Result<()> {
+        as_compute!(self, quantize_input_as(x, input));
         Ok(())
     }
 

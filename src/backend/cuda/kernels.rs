@@ -24,6 +24,7 @@ pub struct Kernels {
     pub add_bias: CudaFunction,
     pub amax: CudaFunction,
     pub quantize: CudaFunction,
+    pub quantize_input: CudaFunction,
     pub channel_sums: CudaFunction,
 }
 
@@ -45,6 +46,7 @@ impl Kernels {
             add_bias: function("add_bias")?,
             amax: function("amax")?,
             quantize: function("quantize")?,
+            quantize_input: function("quantize_input")?,
             channel_sums: function("channel_sums")?,
         })
     }

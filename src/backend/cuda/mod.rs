@@ -185,6 +185,19 @@ impl Backend for Cuda {
         launch!(self, &self.kernels.silu_mul, threads_for(n), gate, up, n as u64)
     }
 
+    fn quantize_input(&self, x: &mut Tensor, input: GlobalScale) -> Result<()> {
+        let blocks = x.rows * x.cols / BLOCK;
+        let divisor = input.divisor();
+        launch!(
+            self,
+            &self.kernels.quantize_input,
+            threads_for(blocks),
+            x.pointer(self),
+            blocks as u64,
+            divisor
+        )
+    }
+
     fn add(&self, x: &mut Tensor, y: &Tensor) -> Result<()> {
         let n = x.rows * x.cols;
         let (x, y) = (x.pointer(self), y.pointer(self));

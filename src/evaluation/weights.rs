@@ -1,0 +1,113 @@
+//! A checkpoint's weights, dequantized where they are NVFP4.
+
+use std::path::Path;
+
+use safetensors::Dtype;
+
+use crate::backend::Compute;
+use crate::checkpoint::{Checkpoint, Layout, SourceTensor, narrow};
+use crate::error::{Error, Result};
+use crate::model::{ModelConfig, Site};
+use crate::nvfp4::{BLOCK, GlobalScale, dequantize};
+
+/// A checkpoint to evaluate.
+pub struct Weights {
+    checkpoint: Checkpoint,
+    /// The model.
+    pub model: ModelConfig,
+    /// The dtype of activations.
+    pub compute: Compute,
+    layout: Option<Layout>,
+}
+
+impl Weights {
+    /// Opens a BF16, F16 or F32 checkpoint, or an NVFP4 one in either layout.
+    ///
+    /// # Errors
+    /// Exit code 3: anything that is not such a checkpoint.
+    pub fn open(dir: &Path) -> Result<Weights> {
+        let checkpoint = Checkpoint::open(dir)?;
+        let model = ModelConfig::parse(&checkpoint.config)?;
+        let ends_with = |suffix: &str| checkpoint.tensors.keys().any(|name| name.ends_with(suffix));
+        let layout = match (ends_with(".weight_packed"), ends_with(".weight_scale_2")) {
+            (true, _) => Some(Layout::CompressedTensors),
+            (_, true) => Some(Layout::Modelopt),
+            _ if checkpoint.is_quantized() => {
+                return Err(Error::input("the checkpoint is quantized, and not to NVFP4")
+                    .file(dir)
+                    .fix("evaluate BF16, F16, F32 or NVFP4 checkpoints"));
+            }
+            _ => None,
+        };
+        let wide = |dtype| matches!(dtype, Dtype::F16 | Dtype::F32);
+        let matrices = checkpoint.tensors.values().filter(|entry| entry.shape.len() == 2);
+        let compute =
+            if matrices.clone().any(|entry| wide(entry.dtype)) { Compute::F32 } else { Compute::Bf16 };
+        Ok(Weights { checkpoint, model, compute, layout })
+    }
+
+    /// A tensor as the forward pass wants it.
+    ///
+    /// # Errors
+    /// Exit code 3 where it is missing or of another shape than its scales say.
+    pub fn tensor(&self, name: &str) -> Result<SourceTensor> {
+        let Some((layout, module)) = self.layout.zip(name.strip_suffix(".weight")) else {
+            return self.checkpoint.tensor(name);
+        };
+        let names = layout.linear_names(module);
+        if !self.checkpoint.tensors.contains_key(&names.scales) {
+            return self.checkpoint.tensor(name);
+        }
+        let (codes, scales) = (self.checkpoint.tensor(&names.codes)?, self.checkpoint.tensor(&names.scales)?);
+        let global = self.global(layout, &names.weight_global)?;
+        let [rows, packed] = codes.shape[..] else {
+            return Err(Error::input(format!("codes of shape {:?}", codes.shape)).tensor(&codes.name));
+        };
+        let elements = rows * packed * 2;
+        if codes.dtype != Dtype::U8
+            || scales.dtype != Dtype::F8_E4M3
+            || scales.bytes().len() * BLOCK != elements
+        {
+            return Err(Error::input("codes and block scales do not fit each other")
+                .tensor(&codes.name)
+                .fix("check the checkpoint with distq verify"));
+        }
+        let mut values = vec![0.0; elements];
+        dequantize(codes.bytes(), scales.bytes(), global, &mut values);
+        let dtype = if self.compute == Compute::Bf16 { Dtype::BF16 } else { Dtype::F32 };
+        SourceTensor::from_bytes(name, dtype, &[rows, packed * 2], &narrow(dtype, &values))
+    }
+
+    /// The static input scale of a site of a layer; none where its inputs are not quantized.
+    ///
+    /// # Errors
+    /// Exit code 3 where the scalar is malformed.
+    pub fn input_scale(&self, layer: usize, site: Site) -> Result<Option<GlobalScale>> {
+        let Some(layout) = self.layout else { return Ok(None) };
+        // Fused members share their scale.
+        let name = layout.linear_names(&self.model.groups(layer)[site as usize].members[0].name).input_global;
+        if !self.checkpoint.tensors.contains_key(&name) {
+            return Ok(None);
+        }
+        self.global(layout, &name).map(Some)
+    }
+
+    fn global(&self, layout: Layout, name: &str) -> Result<GlobalScale> {
+        let tensor = self.checkpoint.tensor(name)?;
+        let bytes: [u8; 4] = tensor.bytes().try_into().map_err(|_| {
+            Error::input("a global scale is one F32")
+                .tensor(name)
+                .fix("check the checkpoint with distq verify")
+        })?;
+        let stored = f32::from_le_bytes(bytes);
+        Ok(GlobalScale::from_multiplier(if layout == Layout::Modelopt { stored } else { 1.0 / stored }))
+    }
+
+    /// The matrix that turns hidden states into logits.
+    pub fn lm_head(&self) -> Result<SourceTensor> {
+        if self.model.tie_embeddings {
+            return self.tensor(&self.model.embedding().name);
+        }
+        self.tensor("lm_head.weight")
+    }
+}
