@@ -115,9 +115,9 @@ pub struct Args {
     /// Replace OUT and whatever an unfinished run left.
     #[arg(long)]
     overwrite: bool,
-    /// Write a report as JSON.
-    #[arg(long, value_name = "FILE.json")]
-    report: Option<PathBuf>,
+    /// Write a report: JSON, or a page with plots where the name ends in .html. Repeatable.
+    #[arg(long, value_name = "FILE")]
+    report: Vec<PathBuf>,
 }
 
 /// Runs it.
@@ -136,7 +136,7 @@ pub fn run(args: &Args, quiet: bool, cluster: &Cluster) -> Result<()> {
         max_shard: args.max_shard_size,
         existing,
         gather: args.gather,
-        report: args.report.clone(),
+        reports: args.report.clone(),
         quiet,
     };
     pipeline::quantize(cluster, &options)

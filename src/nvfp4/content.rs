@@ -21,6 +21,8 @@ pub struct Content {
     pub invalid_scales: u64,
     /// The largest block scale byte.
     pub largest_scale: u8,
+    /// Block scales by exponent: 0 holds the subnormal ones, 15 those from 256 on.
+    pub exponents: [u64; 16],
 }
 
 impl Content {
@@ -41,6 +43,7 @@ impl Content {
             content.lost_blocks += (scale == 0 && any != 0) as u64;
             content.invalid_scales += (scale >= 0x7F) as u64;
             content.largest_scale = content.largest_scale.max(scale);
+            content.exponents[(scale >> 3 & 15) as usize] += 1;
         }
         content
     }
@@ -55,6 +58,7 @@ impl Content {
         self.lost_blocks += other.lost_blocks;
         self.invalid_scales += other.invalid_scales;
         self.largest_scale = self.largest_scale.max(other.largest_scale);
+        self.exponents.iter_mut().zip(other.exponents).for_each(|(sum, count)| *sum += count);
         self
     }
 }
@@ -78,5 +82,6 @@ mod tests {
             .and(Content::of(&[0x11; 8], &[0x7F]));
         assert_eq!((content.lost_blocks, content.invalid_scales, content.zero_blocks), (1, 2, 1));
         assert_eq!(content.largest_scale, 0x80);
+        assert_eq!((content.exponents[0], content.exponents[15]), (2, 1));
     }
 }

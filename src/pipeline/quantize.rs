@@ -41,7 +41,7 @@ pub struct Options {
     /// Send every tensor through rank 0.
     pub gather: bool,
     /// Where the report goes.
-    pub report: Option<PathBuf>,
+    pub reports: Vec<PathBuf>,
     /// Show no progress.
     pub quiet: bool,
 }
@@ -154,7 +154,7 @@ fn finish(options: &Options, mut report: RunReport, dir: &OutputDir, started: In
     }
     dir.publish(&SCRATCH)?;
     report.seconds.total = started.elapsed().as_secs_f64();
-    if let Some(path) = &options.report {
+    for path in &options.reports {
         report.write(path)?;
     }
     if !options.quiet {

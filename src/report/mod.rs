@@ -2,6 +2,7 @@
 
 mod evaluation;
 mod inspect;
+mod page;
 mod phases;
 mod progress;
 mod run;

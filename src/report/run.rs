@@ -7,6 +7,7 @@ use std::fmt;
 use std::path::Path;
 
 use super::Phases;
+use super::page::page;
 use crate::calibration;
 use crate::cluster::{Cluster, Machine};
 use crate::error::{Error, Result};
@@ -156,9 +157,16 @@ fn health(plan: &Plan, parts: &[PartRecord]) -> BTreeMap<usize, Health> {
 }
 
 impl RunReport {
-    /// Writes the report as JSON.
+    /// Writes the report: as a page where the name ends in `.html`, as JSON otherwise.
+    ///
+    /// # Errors
+    /// Exit code 5 where the file can't be written.
     pub fn write(&self, path: &Path) -> Result<()> {
-        let text = serde_json::to_string_pretty(self).expect("reports are plain data") + "\n";
+        let text = if path.extension().is_some_and(|extension| extension == "html") {
+            page(self)
+        } else {
+            serde_json::to_string_pretty(self).expect("reports are plain data") + "\n"
+        };
         std::fs::write(path, text).map_err(|e| {
             Error::run(format!("the output is published, but the report can't be written: {e}"))
                 .file(path)

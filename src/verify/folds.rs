@@ -1,8 +1,8 @@
 //! Folds that an output shows: by how much each input channel was scaled, and what must make up for it.
 //!
 //! A fold multiplies what produces a channel and divides the weights that read it. Nothing the writer believed
-//! is needed to undo it: where a norm produces the channel, its own weights tell the factor; elsewhere the
-//! reading weights do, in the sense of least squares, and the producing rows are held to it.
+//! is needed to undo it: where a norm or a bias produces the channel, its own weights tell the factor; elsewhere
+//! the reading weights do, in the sense of least squares, and the producing rows are held to it.
 
 use rayon::prelude::*;
 use safetensors::Dtype;
@@ -31,7 +31,7 @@ impl LayerFolds {
             return folds;
         }
         for (site, norm) in [Site::Qkv, Site::GateUp].into_iter().zip(model.layer_norms(layer)) {
-            folds.columns[site as usize] = norm_factors(subject, &norm.name);
+            folds.columns[site as usize] = stored_factors(subject, &norm.name);
         }
         let groups = model.groups(layer);
         for site in [Site::O, Site::Down] {
@@ -45,6 +45,17 @@ impl LayerFolds {
             heads.flat_map(|head| (0..width).map(move |i| mean(head, i) / repeats as f32)).collect()
         });
         folds.up = folds.columns[Site::Down as usize].clone();
+        // A producer's bias holds its factors as exactly as a norm does.
+        let bias = |site: Site, member: usize| {
+            groups[site as usize].members[member].bias().and_then(|name| stored_factors(subject, &name))
+        };
+        folds.v = bias(Site::Qkv, 2).or(folds.v);
+        folds.up = bias(Site::GateUp, 1).or(folds.up);
+        folds.columns[Site::Down as usize].clone_from(&folds.up);
+        folds.columns[Site::O as usize] = folds.v.as_ref().map(|factors| {
+            let heads = factors.chunks_exact(width);
+            heads.flat_map(|head| std::iter::repeat_n(head, repeats).flatten()).copied().collect()
+        });
         folds
     }
 
@@ -66,8 +77,8 @@ impl LayerFolds {
     }
 }
 
-/// The ratio of a norm's weights to the source's.
-fn norm_factors(subject: &Subject, name: &str) -> Option<Vec<f32>> {
+/// The ratio of a vector to the source's; 1 where that is zero.
+fn stored_factors(subject: &Subject, name: &str) -> Option<Vec<f32>> {
     let source = subject.source.as_ref()?.tensor(name).ok()?;
     let here = SourceTensor::from_bytes(name, source.dtype, &source.shape, &subject.map(name)?).ok()?;
     let (there, here) = (widen(&source).ok()?, widen(&here).ok()?);

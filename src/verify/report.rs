@@ -42,6 +42,8 @@ pub struct TensorError {
     pub relative_error: f64,
     /// The cosine between source and dequantized weight.
     pub cosine: f64,
+    /// Block scales by their exponent, from 2^-6 and less to 2^8.
+    pub block_scales: Vec<u64>,
 }
 
 /// The outcome in a few numbers.

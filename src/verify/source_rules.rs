@@ -2,7 +2,6 @@
 
 use serde_json::Value;
 
-use super::folds::LayerFolds;
 use super::scheme::LinearScheme;
 use super::subject::Subject;
 use super::{Concerns, Findings, Rule};
@@ -46,41 +45,26 @@ fn accounted(subject: &Subject, findings: &mut Findings) {
     }
 }
 
-/// Whether a changed tensor is a norm or a bias with a fold in it. That the weights which read it make up for a
-/// norm's fold is seen in their distance to the source, where its factors are undone.
+/// Whether a changed tensor is a norm or a bias that can hold a fold. That the weights beside it make up for its
+/// factors is seen in their distance to the source, where the factors are undone.
 fn explained(subject: &Subject, there: &SourceTensor, here: &[u8]) -> bool {
     let Ok(model) = &subject.model else { return false };
-    let Ok(here) = SourceTensor::from_bytes(&there.name, there.dtype, &there.shape, here) else {
-        return false;
+    let holds_fold = |layer: usize| {
+        let groups = model.groups(layer);
+        let biases =
+            [groups[Site::Qkv as usize].members[2].bias(), groups[Site::GateUp as usize].members[1].bias()];
+        let norms = model.layer_norms(layer).map(|norm| norm.name);
+        norms.contains(&there.name) || biases.iter().flatten().any(|name| *name == there.name)
     };
-    let (Ok(there_values), Ok(here)) = (widen(there), widen(&here)) else { return false };
-    if !subject.folds() || there_values.len() != here.len() {
+    if !subject.folds() || !(0..model.layers).any(holds_fold) {
         return false;
     }
-    (0..model.layers).any(|layer| {
-        if model.layer_norms(layer).iter().any(|norm| norm.name == there.name) {
-            let pairs = here.iter().zip(&there_values);
-            return pairs
-                .clone()
-                .all(|(h, t)| if *t == 0.0 { *h == 0.0 } else { (h / t).is_normal() && h / t > 0.0 });
-        }
-        let groups = model.groups(layer);
-        let is_bias = |site: Site, member: usize| {
-            groups[site as usize].members[member].bias().is_some_and(|name| name == there.name)
-        };
-        let folds = || LayerFolds::of(subject, model, layer);
-        let factors = match (is_bias(Site::Qkv, 2), is_bias(Site::GateUp, 1)) {
-            (true, _) => folds().v,
-            (_, true) => folds().up,
-            _ => return false,
-        };
-        let Some(factors) = factors else { return false };
-        // The factors are estimates, within a few percent.
-        here.iter()
-            .zip(&there_values)
-            .zip(&factors)
-            .all(|((h, t), f)| (h - t * f).abs() <= 0.1 * (t * f).abs())
-    })
+    let here =
+        SourceTensor::from_bytes(&there.name, there.dtype, &there.shape, here).and_then(|here| widen(&here));
+    let (Ok(here), Ok(there)) = (here, widen(there)) else { return false };
+    let positive =
+        |(h, t): (&f32, &f32)| if *t == 0.0 { *h == 0.0 } else { (h / t).is_normal() && h / t > 0.0 };
+    here.len() == there.len() && here.iter().zip(&there).all(positive)
 }
 
 /// NVFP4 loses about 9.5 % of a Gaussian weight's norm. Far more means swapped nibbles, a wrong scale or

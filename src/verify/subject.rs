@@ -205,7 +205,8 @@ impl Subject {
         let error = |scan: &LinearScan| {
             let distance = scan.distance?;
             let (relative_error, cosine) = (distance.relative(), distance.cosine());
-            Some(TensorError { module: scan.module.clone(), relative_error, cosine })
+            let block_scales = scan.content.exponents.to_vec();
+            Some(TensorError { module: scan.module.clone(), relative_error, cosine, block_scales })
         };
         self.linears.iter().filter_map(error).collect()
     }

@@ -3,6 +3,7 @@
 mod bad_input;
 mod families;
 mod job;
+mod methods;
 mod ranks;
 mod smollm2;
 mod support;

@@ -22,14 +22,20 @@ const LAYERS: usize = 6;
 impl Scene {
     /// A Llama of six small layers with random weights.
     pub fn new() -> Scene {
+        Scene::with(|_| {})
+    }
+
+    /// The same with another config.json.
+    pub fn with(change: impl FnOnce(&mut Value)) -> Scene {
         let scene = Scene { dir: tempfile::tempdir().unwrap() };
         fs::create_dir(scene.model()).unwrap();
-        let config = json!({
+        let mut config = json!({
             "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": 64,
             "intermediate_size": 96, "num_attention_heads": 4, "num_key_value_heads": 2,
             "num_hidden_layers": LAYERS, "vocab_size": 128, "max_position_embeddings": 256,
             "rms_norm_eps": 1e-5, "rope_theta": 10000.0, "tie_word_embeddings": false, "torch_dtype": "bfloat16"
         });
+        change(&mut config);
         scene.write_config(&config);
         let model = distq::model::ModelConfig::parse(config.as_object().unwrap()).unwrap();
         let layers = (0..LAYERS).flat_map(|layer| model.layer_tensors(layer));
