@@ -3,7 +3,9 @@
 use distq::calibration::Calibration;
 use distq::cluster::Cluster;
 use distq::error::Result;
-use distq::pipeline::survey;
+use distq::model::ModelConfig;
+use distq::pipeline::{foresee, survey};
+use distq::planner::AssumedMachine;
 
 use super::quantize::{CalibArgs, PlanArgs};
 
@@ -14,6 +16,10 @@ pub struct Args {
     plan: PlanArgs,
     #[command(flatten)]
     calib: CalibArgs,
+    /// Plan for these machines instead of those at hand, e.g. 128GiB:uma,24GiB:gpu,24GiB:gpu:64GiB,64GiB:cpu:
+    /// memory, kind, and for a card its host's memory.
+    #[arg(long, value_delimiter = ',', value_name = "SIZE:KIND,...")]
+    nodes: Vec<AssumedMachine>,
     /// Print JSON.
     #[arg(long)]
     json: bool,
@@ -23,14 +29,17 @@ pub struct Args {
 pub fn run(args: &Args, cluster: &Cluster) -> Result<()> {
     let options = args.plan.options();
     let calib = cluster.agree(args.calib.options())?;
-    let surveyed = survey(cluster, &options, |model| {
-        if !options.scheme.quantizes_activations() {
-            return Ok(vec![]);
-        }
-        cluster.from_root(|| Calibration::load(&calib, &options.model, model.vocab).map(|data| data.lengths))
-    })?;
+    let lengths = |model: &ModelConfig| match options.scheme.quantizes_activations() {
+        true => Calibration::load(&calib, &options.model, model.vocab).map(|data| data.lengths),
+        false => Ok(vec![]),
+    };
+    let plan = if args.nodes.is_empty() {
+        survey(cluster, &options, |model| cluster.from_root(|| lengths(model)))?.plan
+    } else {
+        cluster.from_root(|| foresee(&options, &args.nodes, lengths))?
+    };
     if cluster.is_root() {
-        super::show(&surveyed.plan, args.json);
+        super::show(&plan, args.json);
     }
     Ok(())
 }

@@ -108,10 +108,16 @@ impl Inventory {
         // The buffers of one layer: two of the hidden size, q and attention, k and v, gate and up.
         let row = 2 * model.hidden + 2 * q + 2 * kv + 2 * model.intermediate;
         let params = model.groups(0).iter().flat_map(|g| &g.members).map(|l| l.rows * l.cols).sum::<usize>();
+        let loaded = |specs: &[TensorSpec]| {
+            let elements: usize = specs.iter().map(|spec| spec.shape.iter().product::<usize>()).sum();
+            (elements * self.compute.bytes()) as u64
+        };
         ModelCost {
             layer_source: self.layers.iter().map(|part| part.source_bytes).collect(),
+            layer_loaded: (0..model.layers).map(|layer| loaded(&model.layer_tensors(layer))).collect(),
             layer_output: self.layers.iter().map(Part::output_bytes).collect(),
             head: self.head.source_bytes,
+            head_loaded: loaded(&[model.embedding()]),
             tail: self.tail.source_bytes,
             hidden_row: (model.hidden * self.compute.bytes()) as u64,
             workspace_row: (row * self.compute.bytes()) as u64,

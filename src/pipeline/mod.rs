@@ -18,4 +18,4 @@ mod walk;
 pub use inventory::{Inventory, Part};
 pub use journal::{Chosen, GroupRecord, PartId, PartRecord};
 pub use quantize::{Options, quantize};
-pub use survey::{PlanOptions, Survey, survey};
+pub use survey::{PlanOptions, Survey, foresee, survey};

@@ -20,6 +20,7 @@ use crate::cluster::{Cluster, Outgoing, Pumped, Tag};
 use crate::error::{Error, Result};
 use crate::methods::Method;
 use crate::model::ModelConfig;
+use crate::planner::Mode;
 use crate::report::{self, Phases, Progress, RankReport, RunReport};
 use crate::verify;
 
@@ -110,6 +111,7 @@ pub fn quantize(cluster: &Cluster, options: &Options) -> Result<()> {
         cluster,
         job: &job,
         slice: stage.layers.clone(),
+        mode: stage.mode,
         group: stage.group,
         next,
         files: files.as_ref(),
@@ -223,6 +225,7 @@ struct Walk<'a, 'r> {
     cluster: &'a Cluster,
     job: &'a Job,
     slice: std::ops::Range<usize>,
+    mode: Mode,
     group: usize,
     next: Option<usize>,
     files: Option<&'a OutputFiles>,
@@ -236,14 +239,14 @@ impl OnBackend for Walk<'_, '_> {
     type Output = Result<Phases>;
 
     fn run<B: Backend>(self, backend: &B) -> Result<Phases> {
-        let Walk { cluster, job, slice, group, next, files, mut root } = self;
+        let Walk { cluster, job, slice, mode, group, next, files, mut root } = self;
         let (to_main, outgoing) = bounded::<Outgoing>(CHANNEL);
         let (to_worker, incoming) = bounded::<Hidden>(CHANNEL);
         std::thread::scope(|scope| {
             let worker = scope.spawn(move || {
                 let outbox = Outbox::new(to_main.clone(), next);
                 let finisher = Finisher::new(backend, job, files, outbox.clone());
-                let stage = Stage { backend, job, slice, group, incoming, outbox };
+                let stage = Stage { backend, job, slice, mode, group, incoming, outbox };
                 let result = stage.run(finisher);
                 if let Err(error) = &result {
                     let _ = to_main.send(Outgoing::Fail(error.clone()));

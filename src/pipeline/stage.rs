@@ -1,6 +1,7 @@
 //! One rank's walk over its slice: hidden states in, layer by layer over a group of micro-batches,
 //! hidden states out. Three threads: one loads the next layer, one computes, one quantizes and places the
-//! layer before. Each hands over one layer at a time, so at most three layers' weights exist.
+//! layer before. A streamed stage hands over one layer at a time, so at most three layers' weights exist; a
+//! resident one loads its whole slice ahead and keeps it until the last group has passed.
 
 use std::ops::Range;
 use std::time::Instant;
@@ -15,6 +16,7 @@ use super::walk::Walk;
 use crate::backend::Backend;
 use crate::error::{Error, Result};
 use crate::model::{Batch, LayerWeights};
+use crate::planner::Mode;
 use crate::report::Phases;
 
 /// A rank's share of the job.
@@ -25,7 +27,9 @@ pub struct Stage<'a, B: Backend> {
     pub job: &'a Job,
     /// The decoder layers of this rank.
     pub slice: Range<usize>,
-    /// Micro-batches that walk through a layer before the next layer is loaded.
+    /// Whether its weights stay loaded.
+    pub mode: Mode,
+    /// Micro-batches that walk through a layer together.
     pub group: usize,
     /// Hidden states from the stage before, in micro-batch order.
     pub incoming: Receiver<Hidden>,
@@ -38,7 +42,9 @@ impl<B: Backend> Stage<'_, B> {
     pub fn run(self, finisher: Finisher<'_, B>) -> Result<Phases> {
         let started = Instant::now();
         std::thread::scope(|scope| {
-            let (to_finisher, finished) = bounded(0);
+            // Statistics are larger than weights: of them, no more than one layer may wait.
+            let waiting = if self.job.method.needs_statistics() { 0 } else { self.ahead() };
+            let (to_finisher, finished) = bounded(waiting);
             let finishing = scope.spawn(move || finisher.run(&finished));
             let walked = self.send_all(&to_finisher);
             drop(to_finisher);
@@ -49,6 +55,15 @@ impl<B: Backend> Stage<'_, B> {
             phases.total = started.elapsed().as_secs_f64();
             Ok(phases)
         })
+    }
+
+    /// Layers that may wait between two threads: where there is room for the slice, none has to wait for
+    /// another.
+    pub(super) fn ahead(&self) -> usize {
+        match self.mode {
+            Mode::Resident => self.slice.len(),
+            Mode::Streamed => 0,
+        }
     }
 
     /// Hands every part of this rank to the finisher; returns seconds of computing and of waiting for hidden
@@ -81,22 +96,27 @@ impl<B: Backend> Stage<'_, B> {
     }
 
     /// Brings the hidden states of a group in: embedded on the first stage, received on the others. Adds
-    /// the seconds of waiting to `waited`.
+    /// the seconds of waiting to `waited`. A resident stage keeps the embedding in `table`.
     pub(super) fn fill(
         &self,
         first: usize,
         group: &[Batch<B>],
         states: &mut [B::Tensor],
+        table: &mut Option<B::Tensor>,
         waited: &mut f64,
     ) -> Result<()> {
         let job = self.job;
         if self.slice.start == 0 {
-            let table = self.backend.load(&job.checkpoint.tensor(&job.model.embedding().name)?)?;
+            let here = match table.take() {
+                Some(here) => here,
+                None => self.backend.load(&job.checkpoint.tensor(&job.model.embedding().name)?)?,
+            };
             for (i, batch) in group.iter().enumerate() {
                 self.backend.set_rows(&mut states[i], batch.tokens);
                 let ids = self.backend.index(job.ids_of(first + i))?;
-                self.backend.embed(&table, &ids, &mut states[i])?;
+                self.backend.embed(&here, &ids, &mut states[i])?;
             }
+            *table = (self.mode == Mode::Resident).then_some(here);
             return Ok(());
         }
         for (i, batch) in group.iter().enumerate() {

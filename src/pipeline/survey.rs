@@ -9,7 +9,7 @@ use crate::checkpoint::{Checkpoint, Layout, Scheme};
 use crate::cluster::{Cluster, Machine, MemoryKind};
 use crate::error::{Error, Result};
 use crate::model::ModelConfig;
-use crate::planner::{Node, Plan, Work, plan};
+use crate::planner::{AssumedMachine, Node, Plan, READ_RATE, Work, plan};
 
 /// What decides who owns which layers.
 #[derive(Clone, Debug)]
@@ -48,10 +48,6 @@ pub struct Survey {
     pub plan: Plan,
 }
 
-/// The read rate assumed for planning. Measuring it would read weights; it only matters where a disk is
-/// slower than arithmetic.
-const READ_RATE: f64 = 1e9;
-
 /// Opens the model on every rank, and plans on rank 0 from what the ranks report. `lengths` gives the
 /// calibration documents, from the vocabulary size.
 ///
@@ -75,18 +71,23 @@ pub fn survey(
         _ => Ok(()),
     })?;
     let lengths = lengths(&model)?;
-    let memory = cluster.agree(chosen_memory(cluster, &options.memory_per_rank))?;
+    let memory = cluster.agree(chosen_memory(&options.memory_per_rank, cluster.rank(), cluster.size()))?;
     let mut machine = Machine::here(cluster.host(), cluster.local_size(), memory);
     let opened = Device::open(options.device, inventory.compute, cluster.local_rank(), machine.threads);
     let device = cluster.agree(opened)?;
     if let (Some(on_card), None) = (device.memory(), memory) {
         (machine.memory, machine.kind) = (on_card, MemoryKind::Device);
     }
+    // A card's host keeps files in memory that the card does not use; where both are one, nothing is left.
+    let cache = device.memory().map_or(0, |on_card| {
+        Machine::here(cluster.host(), cluster.local_size(), None).memory.saturating_sub(on_card)
+    });
     let flops = cluster.agree(device.probe())?;
     let node = Node {
         rank: cluster.rank(),
         host: cluster.host().to_string(),
         memory: machine.memory,
+        cache,
         flops,
         read_rate: READ_RATE,
     };
@@ -95,20 +96,46 @@ pub fn survey(
     let tokens = cluster.all_gather(&device.micro_batch_tokens())?.into_iter().min().unwrap_or(1);
     let batches = micro_batches(&lengths, tokens);
     let planned = cluster.from_root(|| {
-        let work = Work {
-            tokens: lengths.iter().sum::<usize>() as u64,
-            micro_batches: batches.len(),
-            micro_batch_tokens: batches
-                .iter()
-                .map(|batch| lengths[batch.samples.clone()].iter().sum::<usize>() as u64)
-                .max()
-                .unwrap_or(0),
-            calibrates: !lengths.is_empty(),
-        };
+        let work = work(&lengths, &batches);
         let nodes = nodes.as_deref().unwrap_or_default();
         plan(nodes, &inventory.cost(&model), &work, options.layers_per_rank.as_deref())
     })?;
     Ok(Survey { checkpoint, model, inventory, machine, device, micro_batches: batches, plan: planned })
+}
+
+/// Plans for machines that are not there, on this one alone.
+///
+/// # Errors
+/// Exit codes 2, 3 and 4.
+pub fn foresee(
+    options: &PlanOptions,
+    machines: &[AssumedMachine],
+    lengths: impl FnOnce(&ModelConfig) -> Result<Vec<usize>>,
+) -> Result<Plan> {
+    let (_, model, inventory) = open(options)?;
+    let lengths = lengths(&model)?;
+    let tokens = machines.iter().map(AssumedMachine::micro_batch_tokens).min().unwrap_or(1);
+    let work = work(&lengths, &micro_batches(&lengths, tokens));
+    let nodes = (machines.iter().enumerate())
+        .map(|(rank, machine)| {
+            let memory = chosen_memory(&options.memory_per_rank, rank, machines.len())?;
+            Ok(machine.node(rank, memory))
+        })
+        .collect::<Result<Vec<_>>>()?;
+    plan(&nodes, &inventory.cost(&model), &work, options.layers_per_rank.as_deref())
+}
+
+fn work(lengths: &[usize], batches: &[MicroBatch]) -> Work {
+    Work {
+        tokens: lengths.iter().sum::<usize>() as u64,
+        micro_batches: batches.len(),
+        micro_batch_tokens: batches
+            .iter()
+            .map(|batch| lengths[batch.samples.clone()].iter().sum::<usize>() as u64)
+            .max()
+            .unwrap_or(0),
+        calibrates: !lengths.is_empty(),
+    }
 }
 
 fn open(options: &PlanOptions) -> Result<(Checkpoint, ModelConfig, Inventory)> {
@@ -118,16 +145,14 @@ fn open(options: &PlanOptions) -> Result<(Checkpoint, ModelConfig, Inventory)> {
     Ok((checkpoint, model, inventory))
 }
 
-fn chosen_memory(cluster: &Cluster, chosen: &[u64]) -> Result<Option<u64>> {
+fn chosen_memory(chosen: &[u64], rank: usize, ranks: usize) -> Result<Option<u64>> {
     match chosen {
         [] => Ok(None),
         [all] => Ok(Some(*all)),
-        each if each.len() == cluster.size() => Ok(Some(each[cluster.rank()])),
-        each => Err(Error::plan(format!(
-            "--memory-per-rank names {} ranks, the job has {}",
-            each.len(),
-            cluster.size()
-        ))
-        .fix("give one value for all ranks or one for each")),
+        each if each.len() == ranks => Ok(Some(each[rank])),
+        each => {
+            Err(Error::plan(format!("--memory-per-rank names {} ranks, the job has {ranks}", each.len()))
+                .fix("give one value for all ranks or one for each"))
+        }
     }
 }

@@ -1,5 +1,6 @@
 //! Passes over a slice: groups of micro-batches through layer after layer, and what is noted on the way.
 
+use std::collections::VecDeque;
 use std::ops::Range;
 
 use crossbeam_channel::{Receiver, Sender, bounded};
@@ -12,6 +13,7 @@ use super::statistics::{Gathering, LayerSums};
 use crate::backend::Backend;
 use crate::error::{Error, Result};
 use crate::model::{Batch, Decoder, LayerWeights, Site};
+use crate::planner::Mode;
 
 /// What all passes over a slice share.
 pub struct Walk<'a, B: Backend> {
@@ -55,14 +57,17 @@ impl<'a, B: Backend> Walk<'a, B> {
         let stage = self.stage;
         let amax = stage.backend.amax(self.layers.len() * Site::ALL.len())?;
         let mut pass = Maxima { walk: self, amax, passes_on, finisher };
-        self.run(stage.group, &mut pass, &mut |first, group, states| stage.fill(first, group, states, waited))
+        let mut table = None;
+        self.run(stage.group, &mut pass, &mut |first, group, states| {
+            stage.fill(first, group, states, &mut table, waited)
+        })
     }
 
     /// Hidden states alone, as far as the next stage. Keeps what came in.
     pub fn forward(&self, kept: &mut Vec<Vec<u8>>, waited: &mut f64) -> Result<()> {
-        let stage = self.stage;
+        let (stage, mut table) = (self.stage, None);
         self.run(stage.group, &mut Forward { stage }, &mut |first, group, states| {
-            stage.fill(first, group, states, waited)?;
+            stage.fill(first, group, states, &mut table, waited)?;
             // What the first stage embeds it can embed again.
             for state in states.iter().take(if stage.slice.start == 0 { 0 } else { group.len() }) {
                 let mut bytes = Vec::new();
@@ -85,7 +90,7 @@ impl<'a, B: Backend> Walk<'a, B> {
         let mut pass = Statistics { stage, gathering, sums: None, finisher };
         self.run(self.batches.len(), &mut pass, &mut |first, group, states| {
             if kept.len() == 0 {
-                return stage.fill(first, group, states, waited);
+                return stage.fill(first, group, states, &mut None, waited);
             }
             for (batch, state) in group.iter().zip(states) {
                 stage.backend.set_rows(state, batch.tokens);
@@ -97,12 +102,15 @@ impl<'a, B: Backend> Walk<'a, B> {
 
     /// Runs groups of micro-batches through the layers, the next layer being loaded meanwhile.
     fn run(&self, group: usize, pass: &mut dyn Pass<B>, fill: Fill<'_, B>) -> Result<()> {
-        let groups = self.batches.len().div_ceil(group);
         let (stage, to_load) = (self.stage, self.layers.clone());
+        let loads = match stage.mode {
+            Mode::Resident => 1,
+            Mode::Streamed => self.batches.len().div_ceil(group),
+        };
         std::thread::scope(|scope| {
-            let (to_walk, loaded) = bounded(0);
+            let (to_walk, loaded) = bounded(stage.ahead());
             scope.spawn(move || {
-                for layer in (0..groups).flat_map(|_| to_load.clone()) {
+                for layer in (0..loads).flat_map(|_| to_load.clone()) {
                     if to_walk.send(stage.load(layer)).is_err() {
                         break; // the walk has failed and says why
                     }
@@ -125,11 +133,17 @@ impl<'a, B: Backend> Walk<'a, B> {
             .map(|_| backend.activation(self.most, job.model.hidden))
             .collect::<Result<Vec<_>>>()?;
         let groups = self.batches.len().div_ceil(group);
+        let resident = self.stage.mode == Mode::Resident;
+        let mut kept = VecDeque::new();
         for (number, batches) in self.batches.chunks(group).enumerate() {
             let first = number * group;
             fill(first, batches, &mut states)?;
+            let mut returned = VecDeque::new();
             for layer in self.layers.clone() {
-                let weights = loaded.recv().map_err(|_| Error::run("the loading thread ended early"))??;
+                let weights = match kept.pop_front() {
+                    Some(weights) => weights,
+                    None => loaded.recv().map_err(|_| Error::run("the loading thread ended early"))??,
+                };
                 for (i, batch) in batches.iter().enumerate() {
                     let mut observe = |site: Site, x: &mut B::Tensor| pass.observe(layer, first + i, site, x);
                     self.decoder.layer(&weights, batch, &mut work, &mut states[i], &mut observe)?;
@@ -140,8 +154,11 @@ impl<'a, B: Backend> Walk<'a, B> {
                 }
                 if number + 1 == groups {
                     pass.complete(layer, weights)?;
+                } else if resident {
+                    returned.push_back(weights);
                 }
             }
+            kept = returned;
         }
         Ok(())
     }

@@ -1,4 +1,4 @@
-//! What a slice costs: bytes, operations, memory, time.
+//! What a slice costs on a machine: bytes, memory, time.
 
 use std::ops::Range;
 
@@ -9,10 +9,14 @@ use super::Node;
 pub struct ModelCost {
     /// Source bytes of each decoder layer.
     pub layer_source: Vec<u64>,
+    /// Bytes of each decoder layer's weights in the dtype that is computed in.
+    pub layer_loaded: Vec<u64>,
     /// Output bytes of each decoder layer.
     pub layer_output: Vec<u64>,
     /// Bytes of what the first stage owns besides layers (embedding), the same in the output.
     pub head: u64,
+    /// Bytes of the embedding in the dtype that is computed in.
+    pub head_loaded: u64,
     /// Bytes of what the last stage owns besides layers (norm, lm_head), the same in the output.
     pub tail: u64,
     /// Bytes of one token's hidden state.
@@ -36,30 +40,66 @@ pub struct Work {
     pub calibrates: bool,
 }
 
-/// Groups that a stage's micro-batches are cut into for each stage of the pipeline. More groups shorten
-/// the bubble, (S-1)/(G+S-1), and map each layer's weights more often.
-const GROUPS_PER_STAGE: usize = 4;
+/// Where a stage's weights are while several groups of micro-batches pass.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Mode {
+    /// The whole slice stays loaded: every weight is read once.
+    Resident,
+    /// A few layers at a time: every weight is loaded once a group.
+    Streamed,
+}
+
+/// Time in femtoseconds, so that sums are exact and equal machines tie exactly.
+pub type Time = u128;
+
+/// Femtoseconds of a second.
+pub const SECOND: f64 = 1e15;
+
+/// Expected time of one stage, multiplied by the number of groups so that it stays whole.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Cost {
+    /// From the arrival of a group's hidden states to their departure: what the stages behind wait for.
+    pub fill: Time,
+    /// The rest of the stage's own time.
+    pub rest: Time,
+}
+
+/// A contiguous slice of decoder layers with what its place brings along. Bytes.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Slice {
+    /// The layers.
+    pub layers: Range<usize>,
+    /// To be read from the source.
+    pub source: u64,
+    /// To be written.
+    pub output: u64,
+    loaded: u64,
+    head_loaded: u64,
+    tail: u64,
+    largest_loaded: u64,
+    largest_output: u64,
+}
 
 /// Libraries, code, thread stacks, MPI's buffers: what a rank needs before the first layer.
 const FIXED_MEMORY: u64 = 64 << 20;
 
+/// Bytes/s at which weights come from the page cache to where arithmetic happens.
+const CACHE_RATE: f64 = 1e10;
+
 impl Work {
-    /// Micro-batches that walk together: all of them on one rank, a share that keeps every rank of a
-    /// pipeline busy otherwise.
-    pub fn group(&self, ranks: usize) -> usize {
-        let groups = if ranks == 1 { 1 } else { ranks * GROUPS_PER_STAGE };
-        self.micro_batches.div_ceil(groups).max(1)
+    /// Sizes of groups to choose from, all micro-batches at once first, each half of the one before.
+    pub fn group_sizes(&self) -> Vec<usize> {
+        let mut sizes = vec![self.micro_batches.max(1)];
+        while let Some(&size @ 2..) = sizes.last() {
+            sizes.push(size.div_ceil(2));
+        }
+        sizes
     }
 
-    /// Expected busy seconds of `node` with `slice`: arithmetic or reading, whichever takes longer.
-    pub fn seconds(&self, node: &Node, slice: &Range<usize>, model: &ModelCost) -> f64 {
-        let flops = if self.calibrates {
-            self.tokens as f64 * model.flops_per_token * slice.len() as f64
-        } else {
-            0.0
-        };
-        let bytes = model.source_bytes(slice) + model.output_bytes(slice);
-        (flops / node.flops).max(bytes as f64 / node.read_rate)
+    /// Groups of `group` micro-batches.
+    pub fn groups(&self, group: usize) -> usize {
+        self.micro_batches.div_ceil(group).max(1)
     }
 }
 
@@ -69,67 +109,130 @@ impl ModelCost {
         self.layer_source.len()
     }
 
-    fn ends(&self, slice: &Range<usize>) -> u64 {
-        let head = if slice.start == 0 { self.head } else { 0 };
-        let tail = if slice.end == self.layers() { self.tail } else { 0 };
-        head + tail
+    /// A slice, with the embedding or the tail where it lands.
+    pub fn slice(&self, layers: Range<usize>) -> Slice {
+        let of = |bytes: &[u64]| bytes[layers.clone()].iter().sum::<u64>();
+        let largest = |bytes: &[u64]| bytes[layers.clone()].iter().copied().max().unwrap_or(0);
+        let (head, head_loaded) = if layers.start == 0 { (self.head, self.head_loaded) } else { (0, 0) };
+        let tail = if layers.end == self.layers() { self.tail } else { 0 };
+        Slice {
+            source: of(&self.layer_source) + head + tail,
+            output: of(&self.layer_output) + head + tail,
+            loaded: of(&self.layer_loaded),
+            head_loaded,
+            tail,
+            largest_loaded: largest(&self.layer_loaded),
+            largest_output: largest(&self.layer_output),
+            layers,
+        }
     }
+}
 
-    /// Source bytes of a slice, with the embedding or the tail where it lands.
-    pub fn source_bytes(&self, slice: &Range<usize>) -> u64 {
-        self.layer_source[slice.clone()].iter().sum::<u64>() + self.ends(slice)
-    }
-
-    /// Output bytes of a slice.
-    pub fn output_bytes(&self, slice: &Range<usize>) -> u64 {
-        self.layer_output[slice.clone()].iter().sum::<u64>() + self.ends(slice)
-    }
-
-    /// Expected peak: three layers' weights (being read, at work, being quantized), one layer's output, the group's
-    /// hidden states, one micro-batch's intermediate results. The embedding and the tail are copied
-    /// before and after, so they compete with layers rather than add to them.
-    pub fn peak_memory(&self, slice: &Range<usize>, group: usize, work: &Work) -> u64 {
-        let largest = |bytes: &[u64]| bytes[slice.clone()].iter().copied().max().unwrap_or(0);
-        let layers = 3 * largest(&self.layer_source) + largest(&self.layer_output);
+impl Slice {
+    /// Expected peak of memory. Streamed: three layers (being read, at work, being quantized) and a layer's
+    /// output; the embedding is in use while two layers are there, and the tail is copied by itself. Resident:
+    /// all of the slice and a layer's output. Besides: a group's hidden states and one micro-batch's
+    /// intermediate results.
+    pub fn peak_memory(&self, mode: Mode, group: usize, model: &ModelCost, work: &Work) -> u64 {
+        let weights = match mode {
+            Mode::Resident => self.loaded + self.head_loaded + self.tail + self.largest_output,
+            Mode::Streamed => (3 * self.largest_loaded + self.largest_output)
+                .max(2 * self.largest_loaded + self.head_loaded)
+                .max(self.tail),
+        };
         let states = if work.calibrates {
-            (group as u64 * self.hidden_row + self.workspace_row) * work.micro_batch_tokens
+            (group as u64 * model.hidden_row + model.workspace_row) * work.micro_batch_tokens
         } else {
             0
         };
-        FIXED_MEMORY + layers.max(self.ends(slice)) + states
+        FIXED_MEMORY + weights + states
+    }
+
+    /// The mode that `node` can run this slice in. One group loads every weight once in either mode, and
+    /// streaming holds less.
+    pub fn mode(&self, node: &Node, group: usize, model: &ModelCost, work: &Work) -> Option<Mode> {
+        let fits = |mode: &Mode| self.peak_memory(*mode, group, model, work) <= node.memory;
+        let modes = [Mode::Resident, Mode::Streamed];
+        modes.into_iter().skip(usize::from(work.groups(group) == 1)).find(fits)
+    }
+
+    /// Expected time on `node`. In its first pass a stage reads from disk, in later passes it loads again
+    /// what it did not keep, and behind the last pass it writes; each overlaps with that pass's
+    /// arithmetic. A resident stage loads ahead, while it waits for its first hidden states.
+    pub fn cost(&self, node: &Node, mode: Mode, group: usize, model: &ModelCost, work: &Work) -> Cost {
+        let groups = work.groups(group) as Time;
+        let bytes = |bytes: u64, rate: f64| groups * Time::from(bytes) * (SECOND / rate).round() as Time;
+        let (read, write) = (bytes(self.source, node.read_rate), bytes(self.output, node.read_rate));
+        if !work.calibrates {
+            return Cost { fill: 0, rest: read + write };
+        }
+        let layer = work.tokens as f64 * model.flops_per_token / node.flops;
+        // Of one group, multiplied by the number of groups: that of all.
+        let pass = self.layers.len() as Time * (layer * SECOND).round() as Time;
+        let first = pass.max(read);
+        if groups == 1 {
+            return Cost { fill: first, rest: pass.max(read + write) - first };
+        }
+        let (fill, again) = match mode {
+            Mode::Resident => (pass, 0),
+            Mode::Streamed if self.source <= node.cache => (first, bytes(self.source, CACHE_RATE)),
+            Mode::Streamed => (first, read),
+        };
+        let busy = first + (groups - 2) * pass.max(again) + pass.max(again + write);
+        Cost { fill, rest: busy - fill }
     }
 }
 
 #[cfg(test)]
 mod tests {
     use super::super::tests::{model, node, work};
+    use super::*;
+
+    fn seconds(node: &Node, slice: Range<usize>, mode: Mode, group: usize) -> f64 {
+        let model = model(8);
+        let cost = model.slice(slice).cost(node, mode, group, &model, &work());
+        (cost.fill + cost.rest) as f64 / work().groups(group) as f64 / SECOND
+    }
 
     #[test]
     fn the_embedding_counts_where_it_lands() {
         let model = model(4);
-        assert_eq!(model.source_bytes(&(0..2)), (2 << 20) + (1 << 21));
-        assert_eq!(model.source_bytes(&(2..4)), (2 << 20) + (1 << 10));
-        assert_eq!(model.source_bytes(&(0..4)), (4 << 20) + (1 << 21) + (1 << 10));
+        assert_eq!(model.slice(0..2).source, (2 << 20) + (1 << 21));
+        assert_eq!(model.slice(2..4).source, (2 << 20) + (1 << 10));
+        assert_eq!(model.slice(0..4).source, (4 << 20) + (1 << 21) + (1 << 10));
+        let resident = |range| model.slice(range).peak_memory(Mode::Resident, 1, &model, &work());
+        assert_eq!(resident(0..1) - resident(1..2), 1 << 21);
+        assert_eq!(resident(3..4) - resident(1..2), 1 << 10);
     }
 
     #[test]
-    fn memory_holds_a_few_layers_whatever_the_slice() {
+    fn streaming_holds_a_few_layers_whatever_the_slice() {
         let model = model(100);
-        assert_eq!(model.peak_memory(&(1..3), 2, &work()), model.peak_memory(&(1..90), 2, &work()));
+        let streamed = |range| model.slice(range).peak_memory(Mode::Streamed, 2, &model, &work());
+        assert_eq!(streamed(1..3), streamed(1..90));
     }
 
     #[test]
-    fn one_rank_walks_everything_at_once_and_several_take_turns() {
-        assert_eq!(work().group(1), 10);
-        assert_eq!(work().group(2), 2);
-        assert_eq!(work().group(9), 1);
+    fn groups_halve_down_to_one_micro_batch() {
+        assert_eq!(work().group_sizes(), [10, 5, 3, 2, 1]);
+        assert_eq!(Work { micro_batches: 0, calibrates: false, ..work() }.group_sizes(), [1]);
+        assert_eq!(work().groups(3), 4);
     }
 
     #[test]
     fn the_slower_of_disk_and_arithmetic_counts() {
-        let model = model(4);
-        assert_eq!(work().seconds(&node(0, 0, 1e9), &(0..4), &model), 40.0);
-        let reading = work().seconds(&node(0, 0, 1e15), &(0..4), &model);
+        assert_eq!(seconds(&node(0, 0, 1e9), 0..4, Mode::Streamed, 10), 40.0);
+        let reading = seconds(&node(0, 0, 1e15), 0..4, Mode::Streamed, 10);
         assert!((0.005..0.02).contains(&reading), "{reading}");
+    }
+
+    #[test]
+    fn what_is_not_kept_is_read_again_for_each_group() {
+        let fast = node(0, 0, 1e15);
+        let (once, again) =
+            (seconds(&fast, 1..5, Mode::Resident, 1), seconds(&fast, 1..5, Mode::Streamed, 1));
+        assert!(again > 6.0 * once, "{again} {once}");
+        let cached = Node { cache: 1 << 30, ..fast };
+        assert!(seconds(&cached, 1..5, Mode::Streamed, 1) < 0.5 * again);
     }
 }

@@ -1,18 +1,29 @@
 //! Who owns which layers: pure arithmetic over what machines reported and what headers say.
 //!
-//! Knows neither MPI nor files nor number formats. The split is exact: first the smallest possible
-//! time of the slowest stage, then, among the splits that reach it, the most even one.
+//! Knows neither MPI nor files nor number formats. The plan is the one with the smallest expected wall time
+//! over all contiguous slices, all orders of ranks and all sizes of groups, each rank within its memory.
 
+mod assumed;
 mod cost;
+mod orders;
 mod split;
+mod steady;
 mod table;
 
-pub use cost::{ModelCost, Work};
-pub use split::split;
+pub use assumed::{AssumedMachine, MachineKind};
+pub use cost::{Mode, ModelCost, Work};
 
 use std::ops::Range;
 
+use cost::{Cost, SECOND, Slice, Time};
+use orders::Orders;
+use split::{Costs, slices, split};
+
 use crate::error::{Error, Result};
+
+/// The read rate assumed for planning, in bytes/s. Measuring it would read weights; it only matters where a
+/// disk is slower than arithmetic.
+pub const READ_RATE: f64 = 1e9;
 
 /// What the planner knows of one rank.
 #[derive(Clone, Debug, PartialEq, serde::Serialize, serde::Deserialize)]
@@ -21,11 +32,14 @@ pub struct Node {
     pub rank: usize,
     /// Host name.
     pub host: String,
-    /// Bytes that this rank may use.
+    /// Bytes that this rank may use where it computes.
     pub memory: u64,
-    /// Arithmetic rate in FLOP/s, measured.
+    /// Bytes of host memory beside `memory` that keep files which were read once; none where `memory` is
+    /// the host's own.
+    pub cache: u64,
+    /// Arithmetic rate in FLOP/s.
     pub flops: f64,
-    /// Rate at which weights are read, in bytes/s.
+    /// Rate at which weights are read from disk and written to it, in bytes/s.
     pub read_rate: f64,
 }
 
@@ -38,13 +52,15 @@ pub struct Stage {
     pub host: String,
     /// The decoder layers it owns.
     pub layers: Range<usize>,
-    /// Micro-batches that walk through a layer before the next layer is loaded.
+    /// Whether its weights stay loaded.
+    pub mode: Mode,
+    /// Micro-batches that walk through a layer together.
     pub group: usize,
     /// Source bytes of its tensors.
     pub bytes_read: u64,
     /// Output bytes of its tensors.
     pub bytes_written: u64,
-    /// Expected peak of memory in bytes: the layers at work, hidden states of a group, buffers.
+    /// Expected peak of memory in bytes: weights, hidden states of a group, buffers.
     pub peak_memory: u64,
     /// Memory it may use.
     pub memory: u64,
@@ -55,7 +71,7 @@ pub struct Stage {
 /// The whole plan, the same on every rank.
 #[derive(Clone, Debug, PartialEq, serde::Serialize, serde::Deserialize)]
 pub struct Plan {
-    /// Stages in the order in which hidden states pass.
+    /// Stages in the order in which hidden states pass, whatever the order of ranks.
     pub stages: Vec<Stage>,
     /// Expected wall time in seconds, from the first layer to the last byte.
     pub seconds: f64,
@@ -64,7 +80,7 @@ pub struct Plan {
 impl Plan {
     /// The stage that `rank` runs.
     pub fn stage(&self, rank: usize) -> &Stage {
-        self.stages.iter().find(|stage| stage.rank == rank).expect("every rank runs one stage")
+        &self.stages[self.position(rank)]
     }
 
     /// The position of `rank`'s stage.
@@ -78,9 +94,9 @@ impl Plan {
     }
 }
 
-/// Assigns contiguous slices to ranks in rank order.
+/// Assigns contiguous slices to ranks, in whatever order of ranks is fastest.
 ///
-/// `counts` are the layers by rank that the user asked for.
+/// `counts` are the layers by rank that the user asked for; they keep rank order.
 ///
 /// # Errors
 /// Exit code 4: more ranks than layers, counts that do not add up, a rank whose memory can't hold what
@@ -94,22 +110,11 @@ pub fn plan(nodes: &[Node], model: &ModelCost, work: &Work, counts: Option<&[usi
         ))
         .fix(format!("start at most {layers} ranks")));
     }
-    let counts = match counts {
-        Some(counts) => checked_counts(counts, nodes.len(), layers)?.to_vec(),
-        None => split(nodes, model, work)?,
-    };
-    let mut first = 0;
-    let mut stages = Vec::with_capacity(nodes.len());
-    for (node, count) in nodes.iter().zip(counts) {
-        let slice = first..first + count;
-        first = slice.end;
-        stages.push(stage(node, slice, nodes.len(), model, work)?);
+    let planner = Planner { nodes: steady::steady(nodes), model, work };
+    match counts {
+        Some(counts) => planner.given(checked_counts(counts, nodes.len(), layers)?),
+        None => planner.fastest(),
     }
-    let slowest = stages.iter().map(|stage| stage.seconds).fold(0.0, f64::max);
-    let others: f64 = stages.iter().map(|stage| stage.seconds).sum::<f64>() - slowest;
-    // The pipeline fills and drains once: each other stage adds the time of its first group.
-    let fill = others * stages[0].group as f64 / work.micro_batches.max(1) as f64;
-    Ok(Plan { stages, seconds: slowest + fill })
 }
 
 fn checked_counts(counts: &[usize], ranks: usize, layers: usize) -> Result<&[usize]> {
@@ -131,101 +136,167 @@ fn checked_counts(counts: &[usize], ranks: usize, layers: usize) -> Result<&[usi
     Ok(counts)
 }
 
-fn stage(node: &Node, slice: Range<usize>, ranks: usize, model: &ModelCost, work: &Work) -> Result<Stage> {
-    let group = work.group(ranks);
-    let peak_memory = model.peak_memory(&slice, group, work);
-    if peak_memory > node.memory {
-        return Err(Error::plan(format!(
-            "rank {} ({}) needs {} for layers {}..{} and may use {}",
-            node.rank,
-            node.host,
-            crate::units::binary(peak_memory),
-            slice.start,
-            slice.end,
-            crate::units::binary(node.memory),
-        ))
-        .fix("raise --memory-per-rank, shorten --calib-max-tokens, or leave this rank out"));
+/// The size of a search over all orders of ranks beyond which rank order is taken as given: enough for ten
+/// ranks that all differ, or for 64 ranks of three kinds.
+const MOST_STEPS: usize = 20_000_000;
+
+/// How much longer a plan may take that reads every weight once. Streaming leans on a disk's rate, which is
+/// assumed; room in memory is certain.
+const READING_ONCE: (Time, Time) = (21, 20);
+
+struct Planner<'a> {
+    nodes: Vec<Node>,
+    model: &'a ModelCost,
+    work: &'a Work,
+}
+
+/// Slices by rank index, in stage order, for groups of one size.
+struct Found {
+    group: usize,
+    /// Multiplied by the number of groups.
+    wall: Time,
+    stages: Vec<(usize, Range<usize>)>,
+}
+
+impl Planner<'_> {
+    fn fastest(&self) -> Result<Plan> {
+        let slices: Vec<Slice> = slices(self.model.layers()).map(|range| self.model.slice(range)).collect();
+        let Some(any) = self.fastest_of(&slices, false) else { return Err(self.too_small()) };
+        let once = self
+            .fastest_of(&slices, true)
+            .filter(|once| once.wall * READING_ONCE.1 <= self.wall_in(&any, once.group) * READING_ONCE.0);
+        Ok(self.finished(once.unwrap_or(any)))
     }
-    Ok(Stage {
-        rank: node.rank,
-        host: node.host.clone(),
-        group,
-        bytes_read: model.source_bytes(&slice),
-        bytes_written: model.output_bytes(&slice),
-        peak_memory,
-        memory: node.memory,
-        seconds: work.seconds(node, &slice, model),
-        layers: slice,
-    })
+
+    /// The fastest plan, or the fastest that reads every weight `once`.
+    fn fastest_of(&self, slices: &[Slice], once: bool) -> Option<Found> {
+        let mut best: Option<Found> = None;
+        for group in self.work.group_sizes() {
+            let beat = best.as_ref().map(|best| self.wall_in(best, group));
+            best = self.fastest_in(group, slices, once, beat).or(best);
+        }
+        best
+    }
+
+    fn too_small(&self) -> Error {
+        let smallest = self.nodes.iter().min_by_key(|node| node.memory).expect("a job has ranks");
+        let one = |layer| self.least_memory(&self.model.slice(layer..layer + 1));
+        Error::plan(format!(
+            "no split fits: rank {} ({}) may use {}, one layer needs up to {}",
+            smallest.rank,
+            smallest.host,
+            crate::units::binary(smallest.memory),
+            crate::units::binary((0..self.model.layers()).map(one).max().unwrap_or(0)),
+        ))
+        .fix("leave this rank out, raise --memory-per-rank or shorten --calib-max-tokens")
+    }
+
+    /// The fastest plan with groups of one size, if it takes less than `beat`.
+    fn fastest_in(&self, group: usize, slices: &[Slice], once: bool, beat: Option<Time>) -> Option<Found> {
+        let mut tables: Vec<Vec<Option<Cost>>> = Vec::new();
+        let kinds: Vec<usize> = (self.nodes.iter())
+            .map(|node| {
+                let table = slices.iter().map(|slice| self.cost(node, slice, group, once)).collect();
+                // Ranks that need the same for every slice are of one kind, whatever else they differ in.
+                tables.iter().position(|known| *known == table).unwrap_or_else(|| {
+                    tables.push(table);
+                    tables.len() - 1
+                })
+            })
+            .collect();
+        let steps = tables.len() * self.model.layers().pow(2) / kinds.len();
+        let orders = Orders::all(&kinds, MOST_STEPS / steps).unwrap_or_else(|| Orders::by_rank(&kinds));
+        let found = split(&Costs::new(self.model.layers(), tables), &orders, beat)?;
+        let nodes = orders.ranks_of(found.stages.iter().map(|(kind, _)| *kind));
+        let layers = found.stages.into_iter().map(|(_, layers)| layers);
+        Some(Found { group, wall: found.wall, stages: nodes.into_iter().zip(layers).collect() })
+    }
+
+    /// The plan with these layers by rank, in rank order.
+    fn given(&self, counts: &[usize]) -> Result<Plan> {
+        let mut first = 0;
+        let stages: Vec<(usize, Range<usize>)> = (counts.iter().enumerate())
+            .map(|(index, count)| {
+                first += count;
+                (index, first - count..first)
+            })
+            .collect();
+        for (index, layers) in &stages {
+            let (node, needed) = (&self.nodes[*index], self.least_memory(&self.model.slice(layers.clone())));
+            if needed > node.memory {
+                return Err(Error::plan(format!(
+                    "rank {} ({}) needs {} for layers {}..{} and may use {}",
+                    node.rank,
+                    node.host,
+                    crate::units::binary(needed),
+                    layers.start,
+                    layers.end,
+                    crate::units::binary(node.memory),
+                ))
+                .fix("raise --memory-per-rank, shorten --calib-max-tokens, or leave this rank out"));
+            }
+        }
+        let mut best: Option<Found> = None;
+        for group in self.work.group_sizes() {
+            let beat = best.as_ref().map_or(Time::MAX, |best| self.wall_in(best, group));
+            if let Some(wall) = self.wall(&stages, group, false).filter(|&wall| wall < beat) {
+                best = Some(Found { group, wall, stages: stages.clone() });
+            }
+        }
+        Ok(self.finished(best.expect("every rank can stream its slice one micro-batch at a time")))
+    }
+
+    /// The wall time of these stages with groups of one size.
+    fn wall(&self, stages: &[(usize, Range<usize>)], group: usize, once: bool) -> Option<Time> {
+        let (mut fill, mut rest) = (0, 0);
+        for (index, layers) in stages {
+            let cost = self.cost(&self.nodes[*index], &self.model.slice(layers.clone()), group, once)?;
+            fill += cost.fill;
+            rest = rest.max(cost.rest);
+        }
+        Some(fill + rest)
+    }
+
+    /// What a slice costs on a node, where it fits and, if so wished, is read `once`.
+    fn cost(&self, node: &Node, slice: &Slice, group: usize, once: bool) -> Option<Cost> {
+        let mode = slice.mode(node, group, self.model, self.work)?;
+        let reads_once = mode == Mode::Resident || self.work.groups(group) == 1;
+        (reads_once || !once).then(|| slice.cost(node, mode, group, self.model, self.work))
+    }
+
+    /// What a rank must have for a slice at the very least.
+    fn least_memory(&self, slice: &Slice) -> u64 {
+        slice.peak_memory(Mode::Streamed, 1, self.model, self.work)
+    }
+
+    /// The wall time of `found`, multiplied by the number of groups of another size.
+    fn wall_in(&self, found: &Found, group: usize) -> Time {
+        found.wall * self.work.groups(group) as Time / self.work.groups(found.group) as Time
+    }
+
+    fn finished(&self, found: Found) -> Plan {
+        let group = found.group;
+        let seconds = |time: Time| time as f64 / self.work.groups(group) as f64 / SECOND;
+        let stage = |(index, layers): (usize, Range<usize>)| {
+            let (node, slice) = (&self.nodes[index], self.model.slice(layers.clone()));
+            let mode = slice.mode(node, group, self.model, self.work).expect("a planned slice fits");
+            let cost = slice.cost(node, mode, group, self.model, self.work);
+            Stage {
+                rank: node.rank,
+                host: node.host.clone(),
+                layers,
+                mode,
+                group,
+                bytes_read: slice.source,
+                bytes_written: slice.output,
+                peak_memory: slice.peak_memory(mode, group, self.model, self.work),
+                memory: node.memory,
+                seconds: seconds(cost.fill + cost.rest),
+            }
+        };
+        Plan { stages: found.stages.into_iter().map(stage).collect(), seconds: seconds(found.wall) }
+    }
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-    use crate::error::ExitCode;
-
-    pub(super) fn node(rank: usize, memory: u64, flops: f64) -> Node {
-        Node { rank, host: format!("host{rank}"), memory, flops, read_rate: 1e9 }
-    }
-
-    pub(super) fn model(layers: usize) -> ModelCost {
-        ModelCost {
-            layer_source: vec![1 << 20; layers],
-            layer_output: vec![1 << 18; layers],
-            head: 1 << 21,
-            tail: 1 << 10,
-            hidden_row: 64,
-            workspace_row: 640,
-            flops_per_token: 1e6,
-        }
-    }
-
-    pub(super) fn work() -> Work {
-        Work { tokens: 10_000, micro_batches: 10, micro_batch_tokens: 1000, calibrates: true }
-    }
-
-    fn counts(plan: &Plan) -> Vec<usize> {
-        plan.stages.iter().map(|stage| stage.layers.len()).collect()
-    }
-
-    #[test]
-    fn slices_are_contiguous_and_cover_every_layer() {
-        let nodes: Vec<Node> = (0..4).map(|rank| node(rank, 1 << 30, 1e9)).collect();
-        let plan = plan(&nodes, &model(30), &work(), None).unwrap();
-        assert_eq!(plan.stages[0].layers.start, 0);
-        assert!(plan.stages.windows(2).all(|pair| pair[0].layers.end == pair[1].layers.start));
-        assert_eq!(plan.stages[3].layers.end, 30);
-        assert_eq!(counts(&plan).iter().max(), Some(&8));
-        assert_eq!(counts(&plan).iter().min(), Some(&7));
-    }
-
-    #[test]
-    fn given_counts_are_kept() {
-        let nodes: Vec<Node> = (0..3).map(|rank| node(rank, 1 << 30, 1e9)).collect();
-        let plan = plan(&nodes, &model(30), &work(), Some(&[3, 20, 7])).unwrap();
-        assert_eq!(counts(&plan), [3, 20, 7]);
-        assert_eq!(plan.owner(3), 1);
-    }
-
-    #[test]
-    fn impossible_splits_say_the_numbers() {
-        let nodes: Vec<Node> = (0..3).map(|rank| node(rank, 1 << 30, 1e9)).collect();
-        for (layers, given, words) in [
-            (2, None, vec!["3 ranks", "2 layers"]),
-            (30, Some(vec![10, 10]), vec!["2 ranks", "has 3"]),
-            (30, Some(vec![10, 10, 9]), vec!["29", "30"]),
-            (30, Some(vec![15, 15, 0]), vec!["15,15,0"]),
-        ] {
-            let error = plan(&nodes, &model(layers), &work(), given.as_deref()).unwrap_err();
-            assert_eq!(error.exit, ExitCode::Plan);
-            assert!(words.iter().all(|word| error.to_string().contains(word)), "{error}");
-        }
-    }
-
-    #[test]
-    fn a_rank_that_is_too_small_is_named() {
-        let nodes = [node(0, 1 << 30, 1e9), node(1, 1 << 20, 1e9)];
-        let error = plan(&nodes, &model(8), &work(), Some(&[4, 4])).unwrap_err();
-        assert!(error.to_string().contains("rank 1 (host1)"), "{error}");
-    }
-}
+mod tests;

@@ -1,148 +1,159 @@
-//! The exact split of layers over ranks.
+//! The exact split: which slices, on which kinds of ranks, in which order.
+//!
+//! With S stages and G groups of micro-batches, the first group passes every stage, and then the slowest
+//! stage sets the pace, so the wall time is the sum of all stages' `fill` and the largest `rest`. For a
+//! given bound of `rest` the smallest sum is a dynamic programme over (ranks used, first layer not yet
+//! given). The bound that gives the smallest wall time is found by halving the list of all values that
+//! `rest` can take; a part of the list that can't hold anything better is left out.
 
-use super::{ModelCost, Node, Work};
-use crate::error::{Error, Result};
+use std::ops::Range;
 
-/// Layers by rank, in rank order, each at least one.
-///
-/// Two dynamic programmes over (rank, first layer not yet given): the first finds the smallest possible
-/// time of the slowest rank, the second, among the splits that reach it, the one with the smallest sum
-/// of squared times, so that equal machines share evenly. Both take O(ranks · layers²). Times are
-/// compared after rounding rates to steps of 25 %, so that measurement noise between equal machines
-/// doesn't tilt the split.
-///
-/// # Errors
-/// Exit code 4 where no split fits every rank's memory; the smallest rank is named.
-pub fn split(nodes: &[Node], model: &ModelCost, work: &Work) -> Result<Vec<usize>> {
-    let layers = model.layers();
-    let group = work.group(nodes.len());
-    let cost = |rank: usize, from: usize, to: usize| -> f64 {
-        let slice = from..to;
-        if model.peak_memory(&slice, group, work) > nodes[rank].memory {
-            f64::INFINITY
-        } else {
-            work.seconds(&steady(&nodes[rank]), &slice, model)
-        }
-    };
-    let slowest = best(nodes.len(), layers, &cost, &|a: f64, b| a.max(b));
-    let Some((limit, _)) = slowest else {
-        let smallest = nodes.iter().min_by_key(|node| node.memory).expect("a job has ranks");
-        let needed = (0..layers).map(|l| model.peak_memory(&(l..l + 1), group, work)).max().unwrap_or(0);
-        return Err(Error::plan(format!(
-            "no split fits: rank {} ({}) may use {}, one layer needs up to {}",
-            smallest.rank,
-            smallest.host,
-            crate::units::binary(smallest.memory),
-            crate::units::binary(needed),
-        ))
-        .fix("leave this rank out, raise --memory-per-rank or shorten --calib-max-tokens"));
-    };
-    let even = |rank: usize, from: usize, to: usize| {
-        let seconds = cost(rank, from, to);
-        if seconds > limit { f64::INFINITY } else { seconds * seconds }
-    };
-    let (_, counts) = best(nodes.len(), layers, &even, &|a, b| a + b).expect("the limit was reached");
-    Ok(counts)
-}
+use super::cost::{Cost, Time};
+use super::orders::Orders;
 
-/// The node with rates rounded to a grid of 25 % steps.
-fn steady(node: &Node) -> Node {
-    let grid = |rate: f64| 1.25f64.powf(rate.log(1.25).round());
-    Node { flops: grid(node.flops), read_rate: grid(node.read_rate), ..node.clone() }
-}
-
-/// Minimises the combined cost of contiguous slices; ties go to the larger earlier slice, which is the
-/// order in which candidates are tried.
-fn best(
-    ranks: usize,
+/// What each kind of rank needs for each slice; none where the slice doesn't fit.
+pub struct Costs {
     layers: usize,
-    cost: &dyn Fn(usize, usize, usize) -> f64,
-    combine: &dyn Fn(f64, f64) -> f64,
-) -> Option<(f64, Vec<usize>)> {
-    // value[r][l]: the best of giving layers l.. to ranks r..
-    let mut value = vec![vec![f64::INFINITY; layers + 1]; ranks + 1];
-    let mut choice = vec![vec![0; layers + 1]; ranks];
-    value[ranks][layers] = 0.0;
-    for rank in (0..ranks).rev() {
-        for from in 0..layers {
-            for to in (from + 1..=layers).rev() {
-                let total = combine(cost(rank, from, to), value[rank + 1][to]);
-                if total < value[rank][from] {
-                    value[rank][from] = total;
-                    choice[rank][from] = to;
-                }
-            }
-        }
-    }
-    if value[0][0].is_infinite() {
-        return None;
-    }
-    let mut from = 0;
-    let counts = choice
-        .iter()
-        .map(|row| {
-            let count = row[from] - from;
-            from = row[from];
-            count
-        })
-        .collect();
-    Some((value[0][0], counts))
+    kinds: Vec<Vec<Option<Cost>>>,
 }
 
-#[cfg(test)]
-mod tests {
-    use super::super::tests::{model, node, work};
-    use super::*;
+impl Costs {
+    /// Tables by kind, each in the order of [`slices`].
+    pub fn new(layers: usize, kinds: Vec<Vec<Option<Cost>>>) -> Costs {
+        Costs { layers, kinds }
+    }
+}
 
-    /// Every split of `layers` over `ranks`, tried one by one.
-    fn exhaustive(nodes: &[Node], model: &ModelCost, work: &Work) -> f64 {
-        fn walk(nodes: &[Node], rank: usize, from: usize, model: &ModelCost, work: &Work) -> f64 {
-            let layers = model.layers();
-            if rank == nodes.len() {
-                return if from == layers { 0.0 } else { f64::INFINITY };
-            }
-            (from + 1..=layers)
-                .map(|to| {
-                    let group = work.group(nodes.len());
-                    let fits = model.peak_memory(&(from..to), group, work) <= nodes[rank].memory;
-                    let mine = if fits {
-                        work.seconds(&steady(&nodes[rank]), &(from..to), model)
-                    } else {
-                        f64::INFINITY
-                    };
-                    mine.max(walk(nodes, rank + 1, to, model, work))
-                })
-                .fold(f64::INFINITY, f64::min)
+/// All slices, in the order of a table.
+pub fn slices(layers: usize) -> impl Iterator<Item = Range<usize>> {
+    (0..layers).flat_map(move |from| (from + 1..=layers).map(move |to| from..to))
+}
+
+/// A split and its wall time.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Split {
+    /// The sum of `fill` and the largest `rest`.
+    pub wall: Time,
+    /// Stages in the order in which hidden states pass: the kind of rank and its layers.
+    pub stages: Vec<(usize, Range<usize>)>,
+}
+
+/// Finds the split with the smallest wall time; among those that are found equal, the one with the smallest
+/// sum of squared times, so that equal ranks share evenly, and the one that uses ranks in their order. None
+/// where nothing fits, or nothing takes less than `beat`.
+pub fn split(costs: &Costs, orders: &Orders, beat: Option<Time>) -> Option<Split> {
+    let mut limits: Vec<Time> = costs.kinds.iter().flatten().flatten().map(|cost| cost.rest).collect();
+    limits.sort_unstable();
+    limits.dedup();
+    let mut search = Search { costs, orders, limits, beat: beat.unwrap_or(Time::MAX), best: None };
+    let loosest = search.limits.len().checked_sub(1)?;
+    search.below(0, loosest);
+    search.best
+}
+
+/// The smallest sum of `fill` under a bound of `rest`.
+struct Bounded {
+    fill: Time,
+    rest: Time,
+    stages: Vec<(usize, Range<usize>)>,
+}
+
+struct Search<'a> {
+    costs: &'a Costs,
+    orders: &'a Orders,
+    limits: Vec<Time>,
+    beat: Time,
+    best: Option<Split>,
+}
+
+impl Search<'_> {
+    /// Looks for something better under the bounds `limits[low..high]`, where the sum of `fill` is at least
+    /// `least`.
+    fn halve(&mut self, low: usize, high: usize, least: Time) {
+        if low < high && self.limits[low] + least < self.beat {
+            let middle = low + (high - low) / 2;
+            self.below(low, middle);
+            self.halve(middle + 1, high, least);
         }
-        walk(nodes, 0, 0, model, work)
     }
 
-    #[test]
-    fn the_slowest_rank_is_as_fast_as_it_can_be() {
-        for rates in [[1e9, 1e9, 1e9], [1e9, 4e9, 2e9], [1e10, 1e9, 1e8]] {
-            let nodes: Vec<Node> = rates.iter().enumerate().map(|(r, &f)| node(r, 1 << 30, f)).collect();
-            let model = model(11);
-            let counts = split(&nodes, &model, &work()).unwrap();
-            let mut from = 0;
-            let mut slowest = 0f64;
-            for (node, count) in nodes.iter().zip(&counts) {
-                slowest = slowest.max(work().seconds(&steady(node), &(from..from + count), &model));
-                from += count;
+    /// Looks under the bound `limits[high]` and, where something fits, under all smaller ones from `low` on.
+    fn below(&mut self, low: usize, high: usize) {
+        let Some(found) = self.bounded(self.limits[high]) else { return };
+        let reached = self.limits.partition_point(|&limit| limit < found.rest);
+        if found.fill + found.rest < self.beat {
+            self.beat = found.fill + found.rest;
+            self.best = Some(Split { wall: self.beat, stages: found.stages });
+        }
+        self.halve(low, reached, found.fill);
+    }
+
+    fn bounded(&self, limit: Time) -> Option<Bounded> {
+        let (layers, ranks) = (self.costs.layers, self.orders.ranks());
+        let choices: Vec<_> =
+            self.costs.kinds.iter().map(|table| choices(layers, ranks, table, limit)).collect();
+        // The best of giving layers from.. to the ranks that a state has not used: value and first step.
+        let mut best = vec![vec![None::<Step>; layers + 1]; self.orders.next.len()];
+        let last = best.len() - 1;
+        best[last][layers] = Some(Step::default());
+        for state in (0..last).rev() {
+            let left = ranks - self.orders.used[state];
+            // At least one layer for every rank, before and behind.
+            for from in self.orders.used[state]..=layers - left {
+                let mut least: Option<Step> = None;
+                for &(kind, next) in &self.orders.next[state] {
+                    for choice in &choices[kind][from] {
+                        let Some(behind) = &best[next][choice.to] else { continue };
+                        let value = (choice.value.0 + behind.value.0, choice.value.1 + behind.value.1);
+                        if least.as_ref().is_none_or(|least| value < least.value) {
+                            least = Some(Step { value, kind, to: choice.to, next });
+                        }
+                    }
+                }
+                best[state][from] = least;
             }
-            assert_eq!(slowest, exhaustive(&nodes, &model, &work()), "{counts:?}");
+        }
+        let fill = best[0][0].as_ref()?.value.0;
+        let (mut state, mut from, mut rest, mut stages) = (0, 0, 0, Vec::with_capacity(ranks));
+        while state != last {
+            let step = best[state][from].as_ref().expect("a step of a way that reaches the end");
+            let choice = choices[step.kind][from].iter().find(|choice| choice.to == step.to);
+            rest = rest.max(choice.expect("a step is one of the choices").rest);
+            stages.push((step.kind, from..step.to));
+            (state, from) = (step.next, step.to);
+        }
+        Some(Bounded { fill, rest, stages })
+    }
+}
+
+/// Sum of `fill`, then of squared times.
+type Value = (Time, Time);
+
+#[derive(Clone, Debug, Default)]
+struct Step {
+    value: Value,
+    kind: usize,
+    to: usize,
+    next: usize,
+}
+
+struct Choice {
+    to: usize,
+    value: Value,
+    rest: Time,
+}
+
+/// What a kind of rank can take by first layer, the largest slice first.
+fn choices(layers: usize, ranks: usize, table: &[Option<Cost>], limit: Time) -> Vec<Vec<Choice>> {
+    let mut choices: Vec<Vec<Choice>> = (0..layers).map(|_| vec![]).collect();
+    for (slice, cost) in slices(layers).zip(table).filter(|(slice, _)| slice.len() + ranks <= layers + 1) {
+        if let Some(cost) = cost.filter(|cost| cost.rest <= limit) {
+            // Microseconds: squares of femtoseconds could overflow.
+            let busy = (cost.fill + cost.rest) / 1_000_000_000;
+            let value = (cost.fill, busy * busy);
+            choices[slice.start].push(Choice { to: slice.end, value, rest: cost.rest });
         }
     }
-
-    #[test]
-    fn noise_between_equal_machines_does_not_tilt_the_split() {
-        let nodes = [node(0, 1 << 30, 1.02e9), node(1, 1 << 30, 0.99e9), node(2, 1 << 30, 1e9)];
-        assert_eq!(split(&nodes, &model(30), &work()).unwrap(), [10, 10, 10]);
-    }
-
-    #[test]
-    fn a_rank_too_small_for_one_layer_is_named() {
-        let nodes = [node(0, 1 << 30, 1e9), node(1, 1 << 10, 1e9)];
-        let error = split(&nodes, &model(4), &work()).unwrap_err().to_string();
-        assert!(error.contains("rank 1 (host1)"), "{error}");
-    }
+    choices.iter_mut().for_each(|from| from.reverse());
+    choices
 }

@@ -2,23 +2,33 @@
 
 use std::fmt;
 
-use super::Plan;
+use super::{Mode, Plan};
 use crate::units::{binary, duration};
+
+impl fmt::Display for Mode {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.pad(match self {
+            Mode::Resident => "resident",
+            Mode::Streamed => "streamed",
+        })
+    }
+}
 
 impl fmt::Display for Plan {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         writeln!(
             f,
-            "{:>4}  {:<16} {:>9} {:>6} {:>11} {:>11} {:>11} {:>11} {:>9}",
-            "rank", "host", "layers", "group", "reads", "writes", "peak", "may use", "time"
+            "{:>4}  {:<16} {:>9}  {:<8} {:>6} {:>11} {:>11} {:>11} {:>11} {:>11}",
+            "rank", "host", "layers", "mode", "group", "reads", "writes", "peak", "may use", "busy"
         )?;
         for stage in &self.stages {
             writeln!(
                 f,
-                "{:>4}  {:<16} {:>9} {:>6} {:>11} {:>11} {:>11} {:>11} {:>9}",
+                "{:>4}  {:<16} {:>9}  {:<8} {:>6} {:>11} {:>11} {:>11} {:>11} {:>11}",
                 stage.rank,
                 stage.host,
                 format!("{}..{}", stage.layers.start, stage.layers.end),
+                stage.mode,
                 stage.group,
                 binary(stage.bytes_read),
                 binary(stage.bytes_written),

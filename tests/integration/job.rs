@@ -109,6 +109,26 @@ fn a_plan_says_who_would_own_what() {
 }
 
 #[test]
+fn a_plan_for_machines_that_are_not_there_needs_none_of_them() {
+    let scene = Scene::new();
+    let plan = |args: &[&str]| {
+        let command = Distq::new(&["plan"]).arg(scene.model()).args(["--calib-min-tokens", "1", "--calib"]);
+        args.iter().fold(command.arg(scene.calib()), |command, arg| command.arg(*arg))
+    };
+    let nodes = ["--nodes", "128GiB:uma,24GiB:gpu:64GiB,64GiB:cpu", "--json"];
+    let json = plan(&nodes).succeed().json();
+    let stages = json["stages"].as_array().unwrap();
+    assert_eq!(stages.len(), 3);
+    assert!(stages.iter().all(|stage| ["resident", "streamed"].contains(&stage["mode"].as_str().unwrap())));
+    let json =
+        plan(&nodes).args(["--layers-per-rank", "3,1,2", "--memory-per-rank", "1GiB"]).succeed().json();
+    assert_eq!(json["stages"][1]["layers"]["start"], 3);
+    assert_eq!(json["stages"][1]["memory"], 1 << 30);
+    assert_eq!(plan(&nodes).args(["--memory-per-rank", "1MiB"]).run().code, 4);
+    assert_eq!(plan(&["--nodes", "24GiB:tpu"]).run().code, 2);
+}
+
+#[test]
 fn inspect_tells_source_from_output() {
     let scene = Scene::new();
     scene.quantize("out").succeed();

@@ -53,6 +53,26 @@ fn methods_that_walk_twice_give_the_same_files_on_any_ranks() {
 }
 
 #[test]
+fn stages_that_stand_in_another_order_than_ranks_give_the_same_files() {
+    let scene = Scene::new();
+    // An embedding and a head far larger than a layer, and a first rank without room for either.
+    scene.widen_vocabulary(16384);
+    // Several groups of micro-batches, so that keeping weights is worth it.
+    let calib = std::fs::read_to_string(scene.calib()).unwrap();
+    std::fs::write(scene.calib(), calib.repeat(8)).unwrap();
+    scene.quantize("alone").succeed();
+    let report = scene.path("report.json");
+    let memory = ["--memory-per-rank", "66MiB,1GiB,1GiB", "--report"];
+    scene.quantize("three").args(memory).arg(&report).ranks(3).succeed();
+    assert_eq!(digests(&scene.path("three")), digests(&scene.path("alone")));
+    let report: serde_json::Value = serde_json::from_slice(&std::fs::read(&report).unwrap()).unwrap();
+    let stages = report["plan"]["stages"].as_array().unwrap();
+    let ranks: Vec<_> = stages.iter().map(|stage| stage["rank"].as_u64().unwrap()).collect();
+    assert_eq!(ranks, [1, 0, 2]);
+    assert!(stages.iter().any(|stage| stage["mode"] == "resident"), "{stages:?}");
+}
+
+#[test]
 fn weight_only_output_is_the_same_on_any_ranks_and_needs_no_data() {
     let scene = Scene::new();
     let run = |name: &str| {

@@ -98,6 +98,20 @@ impl Scene {
         change_safetensors(&self.weights(), change);
     }
 
+    /// Gives the model a larger vocabulary: rows of the embedding and of lm_head are repeated.
+    pub fn widen_vocabulary(&self, vocab: usize) {
+        self.change_weights(|tensors| {
+            for name in ["model.embed_tokens.weight", "lm_head.weight"] {
+                let (_, shape, bytes) = tensors.get_mut(name).unwrap();
+                *bytes = bytes.repeat(vocab / shape[0]);
+                shape[0] = vocab;
+            }
+        });
+        let mut config = self.config();
+        config["vocab_size"] = vocab.into();
+        self.write_config(&config);
+    }
+
     /// `distq quantize` on this scene, to `out`.
     pub fn quantize(&self, out: &str) -> Distq {
         let [model, out] = [self.model(), self.path(out)];
