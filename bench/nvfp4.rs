@@ -25,6 +25,14 @@ fn format(c: &mut Criterion) {
         let (mut codes, mut scales) = (codes.clone(), scales.clone());
         b.iter(|| nvfp4::quantize(&w, global, &mut codes, &mut scales))
     });
+    group.bench_function("quantize f32", |b| {
+        let (mut codes, mut scales) = (codes.clone(), scales.clone());
+        b.iter(|| nvfp4::quantize(&wide, global, &mut codes, &mut scales))
+    });
+    group.bench_function("quantize searched", |b| {
+        let (mut codes, mut scales, importance) = (codes.clone(), scales.clone(), vec![1.0; 1 << 10]);
+        b.iter(|| nvfp4::quantize_searched(&wide, &importance, global, &mut codes, &mut scales))
+    });
     group.bench_function("dequantize", |b| b.iter(|| nvfp4::dequantize(&codes, &scales, global, &mut back)));
     group.bench_function("distance", |b| b.iter(|| Distance::between(&wide, &codes, &scales, global)));
     group.finish();

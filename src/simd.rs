@@ -1,7 +1,7 @@
 //! Plain loops, compiled for wider vectors where the processor has them.
 
-/// Defines a function whose body is plain Rust (another function, marked `#[inline(always)]`), compiled a
-/// second time with AVX-512 on x86-64 and chosen at run time. Rust neither fuses nor reorders float
+/// Defines a function whose body is plain Rust (another function, marked `#[inline(always)]`), compiled again
+/// with AVX2 and with AVX-512 on x86-64 and chosen at run time. Rust neither fuses nor reorders float
 /// operations, so both give the same bits; only the width of the vectors differs.
 macro_rules! wide {
     (
@@ -24,6 +24,14 @@ macro_rules! wide {
                 {
                     // SAFETY: the processor has every feature that the function was compiled with.
                     return unsafe { with_avx512($($arg),*) };
+                }
+                #[target_feature(enable = "avx2")]
+                fn with_avx2 $(<$g: $bound>)? ($($arg: $ty),*) $(-> $ret)? {
+                    $body($($arg),*)
+                }
+                if is_x86_feature_detected!("avx2") {
+                    // SAFETY: as above.
+                    return unsafe { with_avx2($($arg),*) };
                 }
             }
             $body($($arg),*)

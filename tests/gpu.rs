@@ -246,6 +246,52 @@ fn quantizing_gives_the_bytes_of_the_cpu() {
     }
 }
 
+struct Sums(usize, usize);
+
+impl Operation for Sums {
+    fn on<B: Backend>(&self, b: &B) -> Vec<f32> {
+        let (mut r, &Sums(rows, cols)) = (Random(12), self);
+        let mut sums = b.sums(cols, true).unwrap();
+        for _ in 0..2 {
+            let x = upload(b, rows, cols, &r.values(rows * cols));
+            b.add_channels(&x, &mut sums).unwrap();
+            b.add_products(&x, &mut sums).unwrap();
+        }
+        let sums = b.read_sums(&sums).unwrap();
+        assert!(sums.amax.iter().all(|&amax| amax > 0.0 && amax <= 2.0));
+        [sums.squares, sums.products].concat()
+    }
+}
+
+#[test]
+fn statistics() {
+    for (rows, cols) in [(1, 16), (37, 100), (300, 576)] {
+        agree("sums", &Sums(rows, cols));
+    }
+}
+
+struct QuantizedInput(usize, usize, f32);
+
+impl Operation for QuantizedInput {
+    fn on<B: Backend>(&self, b: &B) -> Vec<f32> {
+        let (mut r, &QuantizedInput(rows, cols, amax)) = (Random(13), self);
+        let mut x = upload(b, rows, cols, &r.values(rows * cols));
+        b.quantize_input(&mut x, GlobalScale::from_amax(amax)).unwrap();
+        b.values(&x).unwrap()
+    }
+}
+
+#[test]
+fn quantized_inputs_are_those_of_the_cpu() {
+    for amax in [2.0, 0.3, 5e4] {
+        for compute in [Compute::Bf16, Compute::F32] {
+            let Some((cpu, cuda)) = backends(compute) else { return };
+            let operation = QuantizedInput(33, 160, amax);
+            assert_eq!(operation.on(&cpu), operation.on(&cuda), "{compute:?} {amax}");
+        }
+    }
+}
+
 #[test]
 fn maxima_keep_nan() {
     let Some((_, cuda)) = backends(Compute::Bf16) else { return };

@@ -2,6 +2,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs::File;
+use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex};
 
@@ -38,7 +39,7 @@ pub struct Checkpoint {
     pub files: Vec<PathBuf>,
     /// Every tensor by name.
     pub tensors: BTreeMap<String, Entry>,
-    handles: Vec<File>,
+    handles: Vec<Arc<File>>,
     lengths: Vec<u64>,
     mapped: Mutex<BTreeSet<String>>,
 }
@@ -53,6 +54,8 @@ pub struct SourceTensor {
     /// Shape, outermost first.
     pub shape: Vec<usize>,
     map: Arc<memmap2::Mmap>,
+    /// Its file and where it begins there; none for a tensor that no file holds.
+    file: Option<(Arc<File>, u64)>,
 }
 
 impl SourceTensor {
@@ -61,13 +64,32 @@ impl SourceTensor {
         &self.map
     }
 
+    /// Copies `to.len()` bytes from byte `at` on. Where each byte is wanted once this is quicker than the
+    /// mapping, whose pages fault one by one, and a file that shrinks is an error rather than a signal.
+    ///
+    /// # Errors
+    /// Exit code 5, naming the tensor, where the file can't be read that far.
+    pub fn read(&self, at: usize, to: &mut [u8]) -> Result<()> {
+        match &self.file {
+            Some((file, offset)) => file.read_exact_at(to, offset + at as u64).map_err(|e| {
+                Error::run(format!("can't read: {e}"))
+                    .tensor(&self.name)
+                    .fix("check the disk, then use --resume")
+            }),
+            None => {
+                to.copy_from_slice(&self.map[at..at + to.len()]);
+                Ok(())
+            }
+        }
+    }
+
     /// A tensor in anonymous memory, for tensors that no file holds.
     pub fn from_bytes(name: &str, dtype: Dtype, shape: &[usize], bytes: &[u8]) -> Result<SourceTensor> {
         let failed = |e| Error::run(format!("can't allocate {} bytes: {e}", bytes.len())).tensor(name);
         let mut map = memmap2::MmapMut::map_anon(bytes.len()).map_err(failed)?;
         map.copy_from_slice(bytes);
         let map = Arc::new(map.make_read_only().map_err(failed)?);
-        Ok(SourceTensor { name: name.to_string(), dtype, shape: shape.to_vec(), map })
+        Ok(SourceTensor { name: name.to_string(), dtype, shape: shape.to_vec(), map, file: None })
     }
 }
 
@@ -144,7 +166,7 @@ impl Checkpoint {
                 .fix("remove the file that does not belong to the checkpoint"));
             }
         }
-        self.handles.push(handle);
+        self.handles.push(Arc::new(handle));
         Ok(())
     }
 
@@ -206,7 +228,7 @@ impl Checkpoint {
         options.offset(entry.offset).len(entry.bytes as usize);
         // SAFETY: the mapping is read-only and the range lies inside the file, as just checked. The source is
         // not supposed to change while it is read; if someone writes to it, bytes change but stay bytes.
-        let map = unsafe { options.map(handle) }.map_err(failed)?;
+        let map = unsafe { options.map(&**handle) }.map_err(failed)?;
         // Tensors are read from front to back, once or in a few passes.
         let _ = map.advise(Advice::WillNeed);
         self.mapped.lock().expect("no holder of this lock panics").insert(name.to_string());
@@ -215,6 +237,7 @@ impl Checkpoint {
             dtype: entry.dtype,
             shape: entry.shape.clone(),
             map: Arc::new(map),
+            file: Some((handle.clone(), entry.offset)),
         })
     }
 

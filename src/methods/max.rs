@@ -6,6 +6,7 @@ use crate::model::Linear;
 use crate::nvfp4::{BLOCK, GlobalScale};
 
 /// A linear's codes `[rows, cols / 2]` (two a byte) and E4M3 block scales `[rows, cols / 16]`.
+#[derive(Default)]
 pub struct QuantizedLinear {
     /// Packed E2M1 codes.
     pub codes: Vec<u8>,
@@ -18,15 +19,17 @@ pub fn weight_amax<B: Backend>(backend: &B, members: &[Linear<B::Tensor>]) -> Re
     members.iter().map(|linear| backend.weight_amax(&linear.weight)).collect()
 }
 
-/// Quantizes one member of a group with the group's global scale.
+/// Quantizes one member of a group with the group's global scale. `spare` lends its memory.
 pub fn quantize_linear<B: Backend>(
     backend: &B,
     member: &Linear<B::Tensor>,
     elements: usize,
     global: GlobalScale,
+    spare: QuantizedLinear,
 ) -> Result<QuantizedLinear> {
-    let mut codes = vec![0; elements / 2];
-    let mut scales = vec![0; elements / BLOCK];
+    let QuantizedLinear { mut codes, mut scales } = spare;
+    codes.resize(elements / 2, 0);
+    scales.resize(elements / BLOCK, 0);
     backend.quantize(&member.weight, global, &mut codes, &mut scales)?;
     Ok(QuantizedLinear { codes, scales })
 }

@@ -87,18 +87,23 @@ fn quantize_body<T: Element>(w: &[T], global: GlobalScale, codes: &mut [u8], sca
     }
 }
 
-/// The weights that codes and scales stand for: `e2m1(code) · (e4m3(scale) · global)`.
-///
-/// # Panics
-/// Where the lengths do not fit.
-pub fn dequantize(codes: &[u8], scales: &[u8], global: GlobalScale, out: &mut [f32]) {
+wide! {
+    /// The weights that codes and scales stand for: `e2m1(code) · (e4m3(scale) · global)`.
+    ///
+    /// # Panics
+    /// Where the lengths do not fit.
+    pub fn dequantize(codes: &[u8], scales: &[u8], global: GlobalScale, out: &mut [f32]) => dequantize_body
+}
+
+#[inline(always)]
+fn dequantize_body(codes: &[u8], scales: &[u8], global: GlobalScale, out: &mut [f32]) {
     assert_eq!((codes.len() * 2, scales.len() * BLOCK), (out.len(), out.len()), "inputs fit the output");
-    let blocks = codes.chunks_exact(BLOCK / 2).zip(scales);
-    for ((packed, &scale), out) in blocks.zip(out.chunks_exact_mut(BLOCK)) {
+    let blocks = codes.as_chunks::<{ BLOCK / 2 }>().0.iter().zip(scales);
+    for ((packed, &scale), out) in blocks.zip(out.as_chunks_mut::<BLOCK>().0) {
         let step = e4m3::decode(scale) * global.multiplier();
-        for (&byte, pair) in packed.iter().zip(out.chunks_exact_mut(2)) {
-            pair[0] = e2m1::decode(byte & 15) * step;
-            pair[1] = e2m1::decode(byte >> 4) * step;
+        for (i, out) in out.iter_mut().enumerate() {
+            let code = packed[i / 2] >> (i % 2 * 4) & 15;
+            *out = e2m1::value(code) * step;
         }
     }
 }

@@ -1,6 +1,7 @@
 //! How far a quantized tensor is from its source.
 
-use super::{BLOCK, Element, GlobalScale, dequantize};
+use super::{BLOCK, Element, GlobalScale, e2m1, e4m3};
+use crate::simd::wide;
 
 /// Sums over elements from which the relative error and the cosine follow. Sums of parts add up, in f64.
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
@@ -15,21 +16,12 @@ impl Distance {
     /// Compares `source` with what codes and scales stand for.
     pub fn between<T: Element>(source: &[T], codes: &[u8], scales: &[u8], global: GlobalScale) -> Distance {
         let mut sum = Distance::default();
-        let mut q = [0f32; BLOCK];
-        let blocks = codes.chunks_exact(BLOCK / 2).zip(scales);
-        // In units of the global scale, so that squares neither overflow nor vanish.
-        let unit = global.divisor();
-        for ((packed, scale), w) in blocks.zip(source.chunks_exact(BLOCK)) {
-            dequantize(packed, std::slice::from_ref(scale), global, &mut q);
-            let pairs: [(f32, f32); BLOCK] = std::array::from_fn(|i| (w[i].to_f32() * unit, q[i] * unit));
-            // Sixteen terms in f32 are exact enough; blocks are added in f64.
-            let total = |f: fn(f32, f32) -> f32| pairs.iter().map(|&(w, q)| f(w, q)).sum::<f32>() as f64;
-            sum.add(Distance {
-                source: total(|w, _| w * w),
-                quantized: total(|_, q| q * q),
-                product: total(|w, q| w * q),
-                difference: total(|w, q| (w - q) * (w - q)),
-            });
+        let parts = source.chunks(PART).zip(codes.chunks(PART / 2)).zip(scales.chunks(PART / BLOCK));
+        for ((source, codes), scales) in parts {
+            let mut part = [0.0; 4];
+            sums(source, codes, scales, global, &mut part);
+            let [source, quantized, product, difference] = part;
+            sum.add(Distance { source, quantized, product, difference });
         }
         sum
     }
@@ -52,6 +44,38 @@ impl Distance {
         let norms = (self.source * self.quantized).sqrt();
         if norms == 0.0 { 1.0 } else { self.product / norms }
     }
+}
+
+/// Elements that are added up in f32, in sixteen lanes, before the sum goes on in f64.
+const PART: usize = 64 * BLOCK;
+
+wide! {
+    /// `Σ w²`, `Σ q²`, `Σ w·q` and `Σ (w − q)²`, in units of the global scale, so that squares neither overflow nor
+    /// vanish.
+    fn sums<T: Element>(source: &[T], codes: &[u8], scales: &[u8], global: GlobalScale, out: &mut [f64; 4])
+        => sums_body
+}
+
+#[inline(always)]
+fn sums_body<T: Element>(source: &[T], codes: &[u8], scales: &[u8], global: GlobalScale, out: &mut [f64; 4]) {
+    let (unit, multiplier) = (global.divisor(), global.multiplier());
+    let mut lanes = [[0f32; BLOCK]; 4];
+    let blocks = source.as_chunks::<BLOCK>().0.iter().zip(codes.as_chunks::<{ BLOCK / 2 }>().0);
+    for ((source, packed), &scale) in blocks.zip(scales) {
+        let step = e4m3::decode(scale) * multiplier * unit;
+        let mut code = [0u8; BLOCK];
+        for (pair, byte) in code.chunks_exact_mut(2).zip(packed) {
+            (pair[0], pair[1]) = (byte & 15, byte >> 4);
+        }
+        for i in 0..BLOCK {
+            let (w, q) = (source[i].to_f32() * unit, e2m1::value(code[i]) * step);
+            lanes[0][i] += w * w;
+            lanes[1][i] += q * q;
+            lanes[2][i] += w * q;
+            lanes[3][i] += (w - q) * (w - q);
+        }
+    }
+    *out = lanes.map(|lanes| lanes.iter().map(|&lane| lane as f64).sum());
 }
 
 #[cfg(test)]

@@ -51,12 +51,14 @@ pub struct Finisher<'a, B: Backend> {
     outbox: Outbox,
     /// Seconds spent quantizing and writing.
     phases: Phases,
+    /// The memory of a linear that has been written, for the next: fresh pages cost more than the copy into them.
+    spare: QuantizedLinear,
 }
 
 impl<'a, B: Backend> Finisher<'a, B> {
     /// A finisher that writes to `files`, or through `outbox` to rank 0.
     pub fn new(backend: &'a B, job: &'a Job, files: Option<&'a OutputFiles>, outbox: Outbox) -> Self {
-        Finisher { backend, job, files, outbox, phases: Phases::default() }
+        Finisher { backend, job, files, outbox, phases: Phases::default(), spare: QuantizedLinear::default() }
     }
 
     /// Takes parts until there are no more; returns the time spent.
@@ -116,7 +118,8 @@ impl<'a, B: Backend> Finisher<'a, B> {
             self.phases.quantize += started.elapsed().as_secs_f64();
             for (linear, weight) in group.members.iter().zip(linears) {
                 let started = Instant::now();
-                let quantized = quantize_linear(self.backend, weight, linear.rows * linear.cols, global)?;
+                let (elements, spare) = (linear.rows * linear.cols, std::mem::take(&mut self.spare));
+                let quantized = quantize_linear(self.backend, weight, elements, global, spare)?;
                 self.phases.quantize += started.elapsed().as_secs_f64();
                 self.linear(&linear.name, quantized, global, input, &mut digest)?;
             }
@@ -207,8 +210,8 @@ impl<'a, B: Backend> Finisher<'a, B> {
         digest: &mut blake3::Hasher,
     ) -> Result<()> {
         let names = self.job.layout.linear_names(name);
-        self.put(&names.codes, quantized.codes, digest)?;
-        self.put(&names.scales, quantized.scales, digest)?;
+        self.spare.codes = self.put(&names.codes, quantized.codes, digest)?;
+        self.spare.scales = self.put(&names.scales, quantized.scales, digest)?;
         self.put(&names.weight_global, self.job.layout.scalar(global).to_vec(), digest)?;
         if let Some(amax) = input_amax {
             let scalar = self.job.layout.scalar(GlobalScale::from_amax(amax));
@@ -233,21 +236,22 @@ impl<'a, B: Backend> Finisher<'a, B> {
             match self.files {
                 // In place there is no need for a copy in memory: an embedding may be gigabytes.
                 Some(_) => self.write(name, tensor.bytes(), digest)?,
-                None => self.put(name, tensor.bytes().to_vec(), digest)?,
+                None => drop(self.put(name, tensor.bytes().to_vec(), digest)?),
             }
         }
         Ok(())
     }
 
-    fn put(&mut self, name: &str, bytes: Vec<u8>, digest: &mut blake3::Hasher) -> Result<()> {
+    /// Places a tensor; returns the memory where it is no longer needed.
+    fn put(&mut self, name: &str, bytes: Vec<u8>, digest: &mut blake3::Hasher) -> Result<Vec<u8>> {
         if self.files.is_some() {
-            return self.write(name, &bytes, digest);
+            return self.write(name, &bytes, digest).map(|()| bytes);
         }
         let started = Instant::now();
         digest.update_rayon(&bytes);
         let sent = self.outbox.tensor(name, bytes);
         self.phases.write += started.elapsed().as_secs_f64();
-        sent
+        sent.map(|()| vec![])
     }
 
     fn write(&mut self, name: &str, bytes: &[u8], digest: &mut blake3::Hasher) -> Result<()> {

@@ -1,13 +1,15 @@
 //! One pass over a quantized linear's bytes: what the rules about values need.
 
-use half::{bf16, f16};
+use std::ops::Range;
+
+use half::f16;
 use rayon::prelude::*;
 use safetensors::Dtype;
 
 use super::folds::LayerFolds;
 use super::scheme::LinearScheme;
 use super::subject::Subject;
-use crate::checkpoint::{Layout, SourceTensor};
+use crate::checkpoint::{Layout, LinearNames, SourceTensor};
 use crate::model::{Group, LinearSpec};
 use crate::nvfp4::content::Content;
 use crate::nvfp4::{self, BLOCK, Distance, GlobalScale};
@@ -32,7 +34,7 @@ pub struct LinearScan {
 }
 
 /// Elements that are compared at a time.
-const CHUNK: usize = 1 << 16;
+const CHUNK: usize = 1 << 18;
 
 /// Scans the NVFP4 members of a fused group. Distances are to the source with the folds applied.
 pub fn scan_group(subject: &Subject, group: &Group, folds: &LayerFolds) -> Vec<LinearScan> {
@@ -46,36 +48,36 @@ pub fn scan_group(subject: &Subject, group: &Group, folds: &LayerFolds) -> Vec<L
         .map(|linear| subject.source.as_ref()?.tensor(&linear.weight()).ok())
         .map(|source| source.filter(|s| matches!(s.dtype, Dtype::BF16 | Dtype::F16 | Dtype::F32)))
         .collect();
-    let amax = sources.iter().flatten().map(source_amax).fold(0.0, f32::max);
+    // What max calibration would have chosen is asked only of files that say they hold it.
+    let max = subject.method.as_deref() == Some("max");
+    let amax = sources.iter().flatten().filter(|_| max).map(source_amax).fold(0.0, f32::max);
     let expected = GlobalScale::from_amax(amax);
     let first = group.members[0].name.clone();
     let scan = |(linear, source): (&&LinearSpec, &Option<SourceTensor>)| {
         let names = subject.names(&linear.name);
-        let (codes, scales) = (subject.map(&names.codes)?, subject.map(&names.scales)?);
         let weight_global = subject.scalar(&names.weight_global)?;
-        let global = multiplier(subject.layout, weight_global);
-        let parts = codes.par_chunks(CHUNK / 2).zip(scales.par_chunks(CHUNK / BLOCK));
-        let content =
-            parts.map(|(codes, scales)| Content::of(codes, scales)).reduce(Content::default, Content::and);
-        let compared = source.as_ref().filter(|s| s.shape == [linear.rows, linear.cols]).map(|source| {
-            let (distance, differing) = {
-                let member = group.members.iter().position(|member| member.name == linear.name).unwrap_or(0);
-                let fold =
-                    |first: usize, w: &mut [f32]| folds.apply(group.site, member, linear.cols, first, w);
-                compare(source, &fold, &codes, &scales, global, expected)
-            };
-            let stored = subject.layout.unwrap_or(Layout::Modelopt).scalar(expected);
-            let differs = stored != weight_global.to_le_bytes();
-            (distance, differing + if differs { 4 } else { 0 })
-        });
+        let member = group.members.iter().position(|member| member.name == linear.name).unwrap_or(0);
+        let source = source.as_ref().filter(|source| source.shape == [linear.rows, linear.cols]);
+        let scan = Scan {
+            subject,
+            names: &names,
+            elements: linear.rows * linear.cols,
+            source,
+            fold: &|first, w| folds.apply(group.site, member, linear.cols, first, w),
+            global: multiplier(subject.layout, weight_global),
+            expected: max.then_some(expected),
+        };
+        let found = scan.run()?;
+        let stored = subject.layout.unwrap_or(Layout::Modelopt).scalar(expected);
+        let differs = max && stored != weight_global.to_le_bytes();
         Some(LinearScan {
             module: linear.name.clone(),
             group: first.clone(),
-            content,
+            content: found.content,
             weight_global,
             input_global: subject.scalar(&names.input_global),
-            distance: compared.map(|(distance, _)| distance),
-            differing: compared.map(|(_, differing)| differing),
+            distance: source.map(|_| found.distance),
+            differing: source.map(|_| found.differing + if differs { 4 } else { 0 }),
         })
     };
     members.iter().zip(&sources).filter_map(scan).collect()
@@ -86,34 +88,76 @@ fn multiplier(layout: Option<Layout>, stored: f32) -> GlobalScale {
     GlobalScale::from_multiplier(if layout == Some(Layout::Modelopt) { stored } else { 1.0 / stored })
 }
 
-/// The distance to the source, and how many bytes max calibration would have chosen otherwise. Parts are
-/// compared in parallel and added up in order.
-fn compare(
-    source: &SourceTensor,
-    fold: &(dyn Fn(usize, &mut [f32]) + Sync),
-    codes: &[u8],
-    scales: &[u8],
+/// One pass over a linear's bytes and its source's.
+struct Scan<'a> {
+    subject: &'a Subject,
+    names: &'a LinearNames,
+    elements: usize,
+    source: Option<&'a SourceTensor>,
+    /// Applies the folds to source elements from the given one on.
+    fold: &'a (dyn Fn(usize, &mut [f32]) + Sync),
     global: GlobalScale,
-    expected: GlobalScale,
-) -> (Distance, usize) {
-    let parts = codes.par_chunks(CHUNK / 2).zip(scales.par_chunks(CHUNK / BLOCK)).enumerate();
-    let compared: Vec<(Distance, usize)> = parts
-        .map_init(
-            || (Vec::with_capacity(CHUNK), vec![0; CHUNK / 2], vec![0; CHUNK / BLOCK]),
-            |(w, my_codes, my_scales), (i, (codes, scales))| {
-                widen(source, i * CHUNK..i * CHUNK + codes.len() * 2, w);
-                fold(i * CHUNK, w);
-                let (my_codes, my_scales) = (&mut my_codes[..codes.len()], &mut my_scales[..scales.len()]);
-                nvfp4::quantize(w, expected, my_codes, my_scales);
-                let differing = different(codes, my_codes) + different(scales, my_scales);
-                (Distance::between(w, codes, scales, global), differing)
-            },
-        )
-        .collect();
-    compared.into_iter().fold((Distance::default(), 0), |(mut sum, count), (distance, differing)| {
-        sum.add(distance);
-        (sum, count + differing)
-    })
+    /// The global scale of max calibration, where its bytes are to be compared.
+    expected: Option<GlobalScale>,
+}
+
+/// What a pass has found so far.
+#[derive(Default)]
+struct Scanned {
+    content: Content,
+    distance: Distance,
+    /// Bytes that max calibration would have chosen otherwise.
+    differing: usize,
+}
+
+/// Buffers of one thread.
+#[derive(Default)]
+struct Buffers {
+    codes: Vec<u8>,
+    scales: Vec<u8>,
+    stored: Vec<u8>,
+    w: Vec<f32>,
+    max_codes: Vec<u8>,
+    max_scales: Vec<u8>,
+}
+
+impl Scan<'_> {
+    /// Parts in parallel, added up in order.
+    fn run(&self) -> Option<Scanned> {
+        let parts: Vec<Option<Scanned>> = (0..self.elements.div_ceil(CHUNK))
+            .into_par_iter()
+            .map_init(Buffers::default, |buffers, part| {
+                self.part(part * CHUNK..self.elements.min((part + 1) * CHUNK), buffers)
+            })
+            .collect();
+        parts.into_iter().try_fold(Scanned::default(), |mut sum, part| {
+            let part = part?;
+            sum.content = sum.content.and(part.content);
+            sum.distance.add(part.distance);
+            sum.differing += part.differing;
+            Some(sum)
+        })
+    }
+
+    fn part(&self, range: Range<usize>, buffers: &mut Buffers) -> Option<Scanned> {
+        let Buffers { codes, scales, stored, w, max_codes, max_scales } = buffers;
+        codes.resize(range.len() / 2, 0);
+        scales.resize(range.len() / BLOCK, 0);
+        self.subject.read(&self.names.codes, range.start / 2, codes)?;
+        self.subject.read(&self.names.scales, range.start / BLOCK, scales)?;
+        let mut found = Scanned { content: Content::of(codes, scales), ..Scanned::default() };
+        let Some(source) = self.source else { return Some(found) };
+        widen(source, range.clone(), stored, w)?;
+        (self.fold)(range.start, w);
+        found.distance = Distance::between(w, codes, scales, self.global);
+        if let Some(expected) = self.expected {
+            max_codes.resize(codes.len(), 0);
+            max_scales.resize(scales.len(), 0);
+            nvfp4::quantize(w, expected, max_codes, max_scales);
+            found.differing = different(codes, max_codes) + different(scales, max_scales);
+        }
+        Some(found)
+    }
 }
 
 fn different(a: &[u8], b: &[u8]) -> usize {
@@ -121,29 +165,26 @@ fn different(a: &[u8], b: &[u8]) -> usize {
 }
 
 /// A range of the source's elements as f32, which is exact.
-fn widen(source: &SourceTensor, range: std::ops::Range<usize>, out: &mut Vec<f32>) {
-    let bytes = source.bytes();
-    let halves =
-        || bytes[range.start * 2..range.end * 2].chunks_exact(2).map(|b| u16::from_le_bytes([b[0], b[1]]));
+fn widen(source: &SourceTensor, range: Range<usize>, stored: &mut Vec<u8>, out: &mut Vec<f32>) -> Option<()> {
+    let bytes = if source.dtype == Dtype::F32 { 4 } else { 2 };
+    stored.resize(range.len() * bytes, 0);
+    source.read(range.start * bytes, stored).ok()?;
+    let halves = || stored.as_chunks::<2>().0.iter().map(|b| u16::from_le_bytes(*b));
     out.clear();
     match source.dtype {
-        Dtype::BF16 => out.extend(halves().map(|bits| bf16::from_bits(bits).to_f32())),
+        Dtype::BF16 => out.extend(halves().map(|bits| f32::from_bits((bits as u32) << 16))),
         Dtype::F16 => out.extend(halves().map(|bits| f16::from_bits(bits).to_f32())),
-        _ => {
-            let words = bytes[range.start * 4..range.end * 4].chunks_exact(4);
-            out.extend(words.map(|b| f32::from_le_bytes([b[0], b[1], b[2], b[3]])));
-        }
+        _ => out.extend(stored.as_chunks::<4>().0.iter().map(|b| f32::from_le_bytes(*b))),
     }
+    Some(())
 }
 
 fn source_amax(source: &SourceTensor) -> f32 {
     let elements: usize = source.shape.iter().product();
-    let chunks = (0..elements.div_ceil(CHUNK)).into_par_iter().map_init(
-        || Vec::with_capacity(CHUNK),
-        |w, i| {
-            widen(source, i * CHUNK..elements.min((i + 1) * CHUNK), w);
-            nvfp4::amax(w)
-        },
-    );
-    chunks.reduce(|| 0.0, f32::max)
+    let chunks = (0..elements.div_ceil(CHUNK)).into_par_iter().map_init(Buffers::default, |buffers, i| {
+        let range = i * CHUNK..elements.min((i + 1) * CHUNK);
+        let read = widen(source, range, &mut buffers.stored, &mut buffers.w);
+        read.map_or(f32::NAN, |()| nvfp4::amax(&buffers.w))
+    });
+    chunks.reduce(|| 0.0, |a, b| if a.is_nan() || a > b { a } else { b })
 }

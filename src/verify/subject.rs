@@ -2,6 +2,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs::{self, File};
+use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 
 use memmap2::MmapOptions;
@@ -145,6 +146,12 @@ impl Subject {
         // SAFETY: read-only, and inside the file, whose length its header was checked against; nobody writes
         // to an output under verification.
         unsafe { options.map(&self.files[found.file].1) }.ok()
+    }
+
+    /// Copies bytes of a tensor from byte `at` on; none where the file does not hold them.
+    pub fn read(&self, name: &str, at: usize, to: &mut [u8]) -> Option<()> {
+        let found = self.tensors.get(name)?;
+        self.files[found.file].1.read_exact_at(to, found.offset + at as u64).ok()
     }
 
     /// A scalar f32 tensor.

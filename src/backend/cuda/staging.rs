@@ -26,24 +26,33 @@ impl Staging {
         Ok(Staging { buffer: Mutex::new(buffer) })
     }
 
-    /// Copies `from` to the card at `to`; it is there when this returns.
+    /// Copies `bytes` bytes to the card at `to`; they are there when this returns. `read` fills a part from the
+    /// given byte on, from several threads.
     ///
     /// # Safety
     /// `to` is the address of at least as many bytes that belong to the caller.
-    pub unsafe fn upload(&self, from: &[u8], to: u64, stream: &CudaStream) -> Result<(), DriverError> {
+    pub unsafe fn upload(
+        &self,
+        bytes: usize,
+        read: &(dyn Fn(usize, &mut [u8]) -> crate::error::Result<()> + Sync),
+        to: u64,
+        stream: &CudaStream,
+    ) -> Result<crate::error::Result<()>, DriverError> {
         let mut buffer = self.buffer.lock().expect("no holder of this lock panics");
         stream.context().bind_to_thread()?;
-        for (i, part) in from.chunks(PART).enumerate() {
-            let staged = &mut buffer.as_mut_slice()?[..part.len()];
-            staged
-                .par_chunks_mut(SHARE)
-                .zip(part.par_chunks(SHARE))
-                .for_each(|(to, from)| to.copy_from_slice(from));
+        for first in (0..bytes).step_by(PART) {
+            let staged = &mut buffer.as_mut_slice()?[..PART.min(bytes - first)];
+            let shares = staged.par_chunks_mut(SHARE).enumerate();
+            let filled =
+                shares.map(|(i, share)| read(first + i * SHARE, share)).collect::<crate::error::Result<()>>();
+            if let Err(error) = filled {
+                return Ok(Err(error));
+            }
             // SAFETY: in bounds by the caller's promise; the buffer is not touched before the copy is done.
-            unsafe { result::memcpy_htod_async(to + (i * PART) as u64, staged, stream.cu_stream())? };
+            unsafe { result::memcpy_htod_async(to + first as u64, staged, stream.cu_stream())? };
             stream.synchronize()?;
         }
-        Ok(())
+        Ok(Ok(()))
     }
 
     /// Copies from the card at `from`, after what the stream was given before.

@@ -4,6 +4,7 @@ use std::sync::Arc;
 
 use cudarc::driver::{CudaEvent, CudaSlice, CudaStream, DevicePtr};
 use half::bf16;
+use safetensors::Dtype;
 
 use super::Cuda;
 use crate::backend::Compute;
@@ -62,6 +63,14 @@ impl Tensor {
     /// A stored tensor in the compute dtype: BF16 as it is, everything else by the CPU backend's conversion,
     /// which is exact for matrices.
     pub(super) fn load(cuda: &Cuda, source: &SourceTensor) -> Result<Tensor> {
+        let stored_as_computed = match cuda.compute {
+            Compute::Bf16 => source.dtype == Dtype::BF16,
+            Compute::F32 => source.dtype == Dtype::F32,
+        };
+        if let ([rows, cols], true) = (&source.shape[..], stored_as_computed) {
+            let bytes = rows * cols * cuda.compute.bytes();
+            return Tensor::uploaded(cuda, *rows, *cols, bytes, &|at, to| source.read(at, to));
+        }
         let here = cpu::Tensor::from_source(cuda.compute, source)?;
         let wide: Vec<f32>;
         let bytes: &[u8] = match (here.view(), cuda.compute) {
@@ -75,15 +84,29 @@ impl Tensor {
                 return Err(Error::run("an F32 matrix in a BF16 computation").tensor(&source.name));
             }
         };
+        Tensor::uploaded(cuda, here.rows, here.cols, bytes.len(), &|at, to| {
+            to.copy_from_slice(&bytes[at..at + to.len()]);
+            Ok(())
+        })
+    }
+
+    /// A weight whose bytes `read` gives, part by part.
+    fn uploaded(
+        cuda: &Cuda,
+        rows: usize,
+        cols: usize,
+        bytes: usize,
+        read: &(dyn Fn(usize, &mut [u8]) -> Result<()> + Sync),
+    ) -> Result<Tensor> {
         let failed = |e| cuda.failed("copy weights to the card", e);
         // SAFETY: the copy that follows writes every byte.
-        let data = unsafe { cuda.copies.alloc::<u8>(bytes.len()) }.map_err(failed)?;
+        let data = unsafe { cuda.copies.alloc::<u8>(bytes) }.map_err(failed)?;
         // SAFETY: the memory was just allocated with this length.
-        unsafe { cuda.uploads.upload(bytes, data.device_ptr(&cuda.copies).0, &cuda.copies) }
-            .map_err(failed)?;
+        unsafe { cuda.uploads.upload(bytes, read, data.device_ptr(&cuda.copies).0, &cuda.copies) }
+            .map_err(failed)??;
         let event = cuda.copies.record_event(None).map_err(failed)?;
         let last_use = Some(LastUse { event, freed_on: cuda.copies.clone() });
-        Ok(Tensor { rows: here.rows, cols: here.cols, data, last_use })
+        Ok(Tensor { rows, cols, data, last_use })
     }
 
     /// The address, for an operation on the forward pass's stream, which first waits for an upload.
