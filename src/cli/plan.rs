@@ -29,7 +29,7 @@ pub struct Args {
 pub fn run(args: &Args, cluster: &Cluster) -> Result<()> {
     let options = args.plan.options();
     let calib = cluster.agree(args.calib.options())?;
-    let lengths = |model: &ModelConfig| match options.scheme.quantizes_activations() {
+    let lengths = |model: &ModelConfig| match options.calibrates() {
         true => Calibration::load(&calib, &options.model, model.vocab).map(|data| data.lengths),
         false => Ok(vec![]),
     };

@@ -22,6 +22,9 @@ pub struct PlanArgs {
     /// What is quantized: nvfp4 (weights and activations) or nvfp4a16 (weights only).
     #[arg(long, default_value = "nvfp4")]
     pub scheme: Scheme,
+    /// How codes and scales are chosen: best, or pieces joined by +: [smooth+] max, sweep, wsweep, gptq, gptq+guard.
+    #[arg(long, default_value = "max", value_name = "NAME")]
+    pub method: Method,
     /// Leave these modules in their dtype: full names with `*` for any part, or re:EXPRESSION. Repeatable.
     #[arg(long, value_name = "PATTERN")]
     pub ignore: Vec<String>,
@@ -43,6 +46,7 @@ impl PlanArgs {
             model: self.model.clone(),
             layout: self.layout,
             scheme: self.scheme,
+            method: self.method,
             ignore: self.ignore.clone(),
             layers_per_rank: self.layers_per_rank.clone(),
             memory_per_rank: self.memory_per_rank.clone(),
@@ -98,9 +102,6 @@ pub struct Args {
     plan: PlanArgs,
     /// Output directory; appears only when it is complete and proven.
     out: PathBuf,
-    /// How codes and scales are chosen: best, or pieces joined by +: [smooth+] max, sweep, wsweep, gptq, gptq+guard.
-    #[arg(long, default_value = "max", value_name = "NAME")]
-    method: Method,
     #[command(flatten)]
     calib: CalibArgs,
     /// Largest output file.
@@ -131,7 +132,6 @@ pub fn run(args: &Args, quiet: bool, cluster: &Cluster) -> Result<()> {
     let options = pipeline::Options {
         plan: args.plan.options(),
         out: args.out.clone(),
-        method: args.method,
         calib,
         max_shard: args.max_shard_size,
         existing,

@@ -9,6 +9,7 @@ use super::journal::PartId;
 use crate::backend::Compute;
 use crate::checkpoint::{Checkpoint, Layout, OutTensor, Scheme};
 use crate::error::{Error, Result};
+use crate::methods::Method;
 use crate::model::{Group, ModelConfig, TensorSpec};
 use crate::nvfp4::BLOCK;
 use crate::planner::ModelCost;
@@ -102,8 +103,8 @@ impl Inventory {
         std::iter::once(&self.head).chain(&self.layers).chain(std::iter::once(&self.tail))
     }
 
-    /// What the planner needs to know of this model.
-    pub fn cost(&self, model: &ModelConfig) -> ModelCost {
+    /// What the planner needs to know of this model under a method.
+    pub fn cost(&self, model: &ModelConfig, method: Method) -> ModelCost {
         let (q, kv) = (model.heads * model.head_dim, model.kv_heads * model.head_dim);
         // The buffers of one layer: two of the hidden size, q and attention, k and v, gate and up.
         let row = 2 * model.hidden + 2 * q + 2 * kv + 2 * model.intermediate;
@@ -122,8 +123,23 @@ impl Inventory {
             hidden_row: (model.hidden * self.compute.bytes()) as u64,
             workspace_row: (row * self.compute.bytes()) as u64,
             flops_per_token: 2.0 * params as f64,
+            statistics: method.needs_statistics().then(|| statistics(model, method)),
         }
     }
+}
+
+/// Bytes of the statistics of two layers (one being gathered, one at work) and a copy, and of the largest site's
+/// factor, f32 weights (as they are, folded, and back from their codes) and sampled outputs.
+fn statistics(model: &ModelConfig, method: Method) -> u64 {
+    const SAMPLED: usize = 512;
+    let sizes = model.groups(0).into_iter().map(|group| {
+        let (n, rows) =
+            (group.members[0].cols, group.members.iter().map(|linear| linear.rows).sum::<usize>());
+        (if method.needs_products() { n * n } else { n }, rows * n, SAMPLED * (n + rows))
+    });
+    let sums: usize = sizes.clone().map(|(products, _, sampled)| products + sampled).sum();
+    let solving = sizes.map(|(products, weights, sampled)| products + 3 * weights + 3 * sampled).max();
+    4 * (3 * sums + solving.unwrap_or(0)) as u64
 }
 
 struct Builder<'a> {

@@ -55,7 +55,7 @@ pub fn place(
     let metadata = Map::from_iter([
         ("format".to_string(), json!("pt")),
         ("producer".to_string(), json!(format!("distq {}", env!("CARGO_PKG_VERSION")))),
-        ("method".to_string(), json!(options.method.to_string())),
+        ("method".to_string(), json!(options.plan.method.to_string())),
     ]);
     let placement = Placement::new(&outputs, options.max_shard, &metadata);
 

@@ -18,7 +18,6 @@ use crate::calibration::{CalibOptions, Calibration, Sampling};
 use crate::checkpoint::{Existing, OutputDir, OutputFiles, copy_side_files, quantization_files};
 use crate::cluster::{Cluster, Outgoing, Pumped, Tag};
 use crate::error::{Error, Result};
-use crate::methods::Method;
 use crate::model::ModelConfig;
 use crate::planner::Mode;
 use crate::report::{self, Phases, Progress, RankReport, RunReport};
@@ -31,8 +30,6 @@ pub struct Options {
     pub plan: PlanOptions,
     /// The output directory.
     pub out: PathBuf,
-    /// How codes and scales are chosen.
-    pub method: Method,
     /// Calibration data.
     pub calib: CalibOptions,
     /// Largest shard in bytes.
@@ -45,13 +42,6 @@ pub struct Options {
     pub reports: Vec<PathBuf>,
     /// Show no progress.
     pub quiet: bool,
-}
-
-impl Options {
-    /// Whether hidden states must walk through the model at all.
-    fn calibrates(&self) -> bool {
-        self.plan.scheme.quantizes_activations() || self.method.needs_statistics()
-    }
 }
 
 /// Runs the job on this rank.
@@ -80,6 +70,7 @@ pub fn quantize(cluster: &Cluster, options: &Options) -> Result<()> {
     }
     let Survey { checkpoint, model, inventory, machine, device, micro_batches, plan } = surveyed;
     let forward_until = options
+        .plan
         .calibrates()
         .then(|| (0..model.layers).rev().find(|&layer| !done.contains(&PartId::Layer(layer))))
         .flatten();
@@ -89,8 +80,8 @@ pub fn quantize(cluster: &Cluster, options: &Options) -> Result<()> {
         inventory,
         layout: options.plan.layout,
         quantized_inputs: options.plan.scheme.quantizes_activations(),
-        method: options.method,
-        sampling: Sampling::of(&calibration.lengths, options.method.guard),
+        method: options.plan.method,
+        sampling: Sampling::of(&calibration.lengths, options.plan.method.guard),
         lengths: calibration.lengths,
         ids: calibration.ids,
         micro_batches,
@@ -134,7 +125,7 @@ pub fn quantize(cluster: &Cluster, options: &Options) -> Result<()> {
         let verified = started.elapsed().as_secs_f64();
         let mut report =
             RunReport::new(options, cluster.library(), plan, ranks.unwrap_or_default(), records, proof);
-        report.calibration = options.calibrates().then_some(calibration.summary);
+        report.calibration = options.plan.calibrates().then_some(calibration.summary);
         report.source_bytes = job.checkpoint.total_bytes();
         report.output_bytes = placement.total_bytes();
         report.side_files = side_files;
@@ -166,7 +157,7 @@ fn finish(options: &Options, mut report: RunReport, dir: &OutputDir, started: In
 }
 
 fn calibrate(cluster: &Cluster, options: &Options, model: &ModelConfig) -> Result<Calibration> {
-    if !options.calibrates() {
+    if !options.plan.calibrates() {
         return Ok(Calibration::default());
     }
     // Only rank 0 needs the data and the tokenizer.
@@ -182,7 +173,7 @@ fn fingerprint(options: &Options, survey: &Survey, calibration: &Calibration) ->
             "layout {}, scheme {}, method {}, shards of {}, leaving {}",
             options.plan.layout,
             options.plan.scheme,
-            options.method,
+            options.plan.method,
             options.max_shard,
             survey.inventory.ignored.join(" "),
         ),

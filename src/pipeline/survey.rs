@@ -8,6 +8,7 @@ use crate::calibration::{MicroBatch, micro_batches};
 use crate::checkpoint::{Checkpoint, Layout, Scheme};
 use crate::cluster::{Cluster, Machine, MemoryKind};
 use crate::error::{Error, Result};
+use crate::methods::Method;
 use crate::model::ModelConfig;
 use crate::planner::{AssumedMachine, Node, Plan, READ_RATE, Work, plan};
 
@@ -20,6 +21,8 @@ pub struct PlanOptions {
     pub layout: Layout,
     /// What is quantized.
     pub scheme: Scheme,
+    /// How codes and scales are chosen.
+    pub method: Method,
     /// Patterns of modules to leave alone.
     pub ignore: Vec<String>,
     /// Layers by rank, where the user chose them.
@@ -28,6 +31,13 @@ pub struct PlanOptions {
     pub memory_per_rank: Vec<u64>,
     /// Where to compute.
     pub device: DeviceChoice,
+}
+
+impl PlanOptions {
+    /// Whether hidden states must walk through the model at all.
+    pub fn calibrates(&self) -> bool {
+        self.scheme.quantizes_activations() || self.method.needs_statistics()
+    }
 }
 
 /// The model and the machines.
@@ -98,7 +108,7 @@ pub fn survey(
     let planned = cluster.from_root(|| {
         let work = work(&lengths, &batches);
         let nodes = nodes.as_deref().unwrap_or_default();
-        plan(nodes, &inventory.cost(&model), &work, options.layers_per_rank.as_deref())
+        plan(nodes, &inventory.cost(&model, options.method), &work, options.layers_per_rank.as_deref())
     })?;
     Ok(Survey { checkpoint, model, inventory, machine, device, micro_batches: batches, plan: planned })
 }
@@ -122,7 +132,7 @@ pub fn foresee(
             Ok(machine.node(rank, memory))
         })
         .collect::<Result<Vec<_>>>()?;
-    plan(&nodes, &inventory.cost(&model), &work, options.layers_per_rank.as_deref())
+    plan(&nodes, &inventory.cost(&model, options.method), &work, options.layers_per_rank.as_deref())
 }
 
 fn work(lengths: &[usize], batches: &[MicroBatch]) -> Work {

@@ -25,6 +25,9 @@ pub struct ModelCost {
     pub workspace_row: u64,
     /// FLOPs of one layer's linears for one token.
     pub flops_per_token: f64,
+    /// Bytes of a layer's statistics and of solving for its codes, where the method needs them: then all
+    /// micro-batches pass a layer before the next, and their hidden states wait in memory.
+    pub statistics: Option<u64>,
 }
 
 /// What is to be done, whatever the machines.
@@ -140,10 +143,14 @@ impl Slice {
                 .max(2 * self.largest_loaded + self.head_loaded)
                 .max(self.tail),
         };
-        let states = if work.calibrates {
-            (group as u64 * model.hidden_row + model.workspace_row) * work.micro_batch_tokens
-        } else {
-            0
+        let states = match model.statistics {
+            _ if !work.calibrates => 0,
+            None => (group as u64 * model.hidden_row + model.workspace_row) * work.micro_batch_tokens,
+            Some(statistics) => {
+                work.tokens * model.hidden_row * 2
+                    + model.workspace_row * work.micro_batch_tokens
+                    + statistics
+            }
         };
         FIXED_MEMORY + weights + states
     }
@@ -203,6 +210,14 @@ mod tests {
         let resident = |range| model.slice(range).peak_memory(Mode::Resident, 1, &model, &work());
         assert_eq!(resident(0..1) - resident(1..2), 1 << 21);
         assert_eq!(resident(3..4) - resident(1..2), 1 << 10);
+    }
+
+    #[test]
+    fn statistics_need_room_and_all_hidden_states() {
+        let plain = model(4);
+        let thorough = crate::planner::ModelCost { statistics: Some(1 << 30), ..model(4) };
+        let peak = |model: &ModelCost| model.slice(0..2).peak_memory(Mode::Streamed, 1, model, &work());
+        assert!(peak(&thorough) >= peak(&plain) + (1 << 30) + 9 * 1000 * plain.hidden_row);
     }
 
     #[test]

@@ -20,6 +20,7 @@ pub(super) fn model(layers: usize) -> ModelCost {
         hidden_row: 64,
         workspace_row: 640,
         flops_per_token: 1e6,
+        statistics: None,
     }
 }
 
@@ -40,6 +41,7 @@ fn dense(layers: usize, [hidden, intermediate, kv, vocab]: [u64; 4]) -> ModelCos
         hidden_row: 2 * hidden,
         workspace_row: 2 * (4 * hidden + 2 * kv + 2 * intermediate),
         flops_per_token: 2.0 * params as f64,
+        statistics: None,
     }
 }
 

@@ -243,7 +243,7 @@ impl RunReport {
             out: options.out.display().to_string(),
             layout: options.plan.layout.to_string(),
             scheme: options.plan.scheme.to_string(),
-            method: options.method.to_string(),
+            method: options.plan.method.to_string(),
             source_bytes: 0,
             output_bytes: 0,
             side_files: vec![],
