@@ -3,11 +3,12 @@
 use std::collections::HashMap;
 use std::time::Instant;
 
-use crossbeam_channel::Receiver;
+use crossbeam_channel::{Receiver, Sender, bounded};
 
 use super::job::Job;
-use super::journal::{Chosen, GroupRecord, PartId, PartRecord};
-use super::messages::{Event, Outbox};
+use super::journal::{Chosen, GroupRecord, PartId};
+use super::messages::Outbox;
+use super::placer::{Placer, ToPlace};
 use crate::backend::Backend;
 use crate::checkpoint::{OutputFiles, narrow, stored, widen};
 use crate::error::{Error, Result};
@@ -42,30 +43,50 @@ pub enum Inputs {
     Statistics(Box<[SiteStatistics; 4]>),
 }
 
-/// Quantizes and places the parts that this rank owns.
+/// Tensors that may wait for the disk.
+const WAITING: usize = 2;
+
+/// Quantizes the parts that this rank owns.
 pub struct Finisher<'a, B: Backend> {
     backend: &'a B,
     job: &'a Job,
-    /// The output where this rank sees it; without it tensors go to rank 0.
-    files: Option<&'a OutputFiles>,
-    outbox: Outbox,
-    /// Seconds spent quantizing and writing.
-    phases: Phases,
-    /// The memory of a linear that has been written, for the next: fresh pages cost more than the copy into them.
-    spare: QuantizedLinear,
+    /// To the thread that places tensors.
+    places: Sender<ToPlace>,
+    /// Memory of tensors that have been placed.
+    spare: Receiver<Vec<u8>>,
+    /// Seconds spent quantizing.
+    seconds: f64,
 }
 
-impl<'a, B: Backend> Finisher<'a, B> {
-    /// A finisher that writes to `files`, or through `outbox` to rank 0.
-    pub fn new(backend: &'a B, job: &'a Job, files: Option<&'a OutputFiles>, outbox: Outbox) -> Self {
-        Finisher { backend, job, files, outbox, phases: Phases::default(), spare: QuantizedLinear::default() }
-    }
+/// Quantizes and places parts until there are no more: to `files`, or through `outbox` to rank 0. Returns the time
+/// spent.
+///
+/// # Errors
+/// Exit code 5: a maximum that is zero, NaN or infinite, a disk that fails.
+pub fn finish<B: Backend>(
+    backend: &B,
+    job: &Job,
+    files: Option<&OutputFiles>,
+    outbox: Outbox,
+    parts: &Receiver<Finished<B>>,
+) -> Result<Phases> {
+    let (places, tensors) = bounded(WAITING);
+    let (spare_to, spare) = bounded(2 * WAITING);
+    std::thread::scope(|scope| {
+        let placing = scope.spawn(move || Placer { files, outbox, spare: spare_to }.run(&tensors));
+        let mut finisher = Finisher { backend, job, places, spare, seconds: 0.0 };
+        let finished = finisher.run(parts);
+        let quantize = finisher.seconds;
+        drop(finisher);
+        let placed = placing.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic));
+        // Where placing failed, the finisher only noticed that nobody takes tensors any more.
+        let write = placed?;
+        finished.map(|()| Phases { quantize, write, ..Phases::default() })
+    })
+}
 
-    /// Takes parts until there are no more; returns the time spent.
-    ///
-    /// # Errors
-    /// Exit code 5: a maximum that is zero, NaN or infinite, a disk that fails.
-    pub fn run(mut self, parts: &Receiver<Finished<B>>) -> Result<Phases> {
+impl<B: Backend> Finisher<'_, B> {
+    fn run(&mut self, parts: &Receiver<Finished<B>>) -> Result<()> {
         for part in parts {
             match part {
                 Finished::Copied(part) => self.copied(part)?,
@@ -76,7 +97,7 @@ impl<'a, B: Backend> Finisher<'a, B> {
                 },
             }
         }
-        Ok(self.phases)
+        Ok(())
     }
 
     /// Carries over a part that has nothing to quantize.
@@ -84,9 +105,8 @@ impl<'a, B: Backend> Finisher<'a, B> {
         if self.job.is_finished(part) {
             return Ok(());
         }
-        let mut digest = blake3::Hasher::new();
-        self.copy(part, &HashMap::new(), &mut digest)?;
-        self.finished(part, digest, vec![])
+        self.copy(part, &HashMap::new())?;
+        self.place(ToPlace::Part(part, vec![]))
     }
 
     /// Quantizes and places a layer with max scales. `input_amax` holds `max |x|` by site, where a scheme needs it.
@@ -100,8 +120,7 @@ impl<'a, B: Backend> Finisher<'a, B> {
         input_amax: Option<&[f32]>,
     ) -> Result<()> {
         let part = PartId::Layer(layer);
-        let mut digest = blake3::Hasher::new();
-        self.copy(part, &HashMap::new(), &mut digest)?;
+        self.copy(part, &HashMap::new())?;
         let mut groups = Vec::new();
         for group in &self.job.inventory.layers[layer].quantized {
             let started = Instant::now();
@@ -115,13 +134,13 @@ impl<'a, B: Backend> Finisher<'a, B> {
                 healthy("calibration inputs", &group.members[0].name, amax)?;
             }
             let global = GlobalScale::from_amax(maxima.iter().copied().fold(0.0, f32::max));
-            self.phases.quantize += started.elapsed().as_secs_f64();
+            self.seconds += started.elapsed().as_secs_f64();
             for (linear, weight) in group.members.iter().zip(linears) {
                 let started = Instant::now();
-                let (elements, spare) = (linear.rows * linear.cols, std::mem::take(&mut self.spare));
+                let (elements, spare) = (linear.rows * linear.cols, self.spare());
                 let quantized = quantize_linear(self.backend, weight, elements, global, spare)?;
-                self.phases.quantize += started.elapsed().as_secs_f64();
-                self.linear(&linear.name, quantized, global, input, &mut digest)?;
+                self.seconds += started.elapsed().as_secs_f64();
+                self.linear(&linear.name, quantized, global, input)?;
             }
             groups.push(GroupRecord {
                 site: group.site,
@@ -130,7 +149,7 @@ impl<'a, B: Backend> Finisher<'a, B> {
                 chosen: None,
             });
         }
-        self.finished(part, digest, groups)
+        self.place(ToPlace::Part(part, groups))
     }
 
     /// Quantizes and places a layer by what its statistics say.
@@ -169,14 +188,13 @@ impl<'a, B: Backend> Finisher<'a, B> {
             quantized_inputs: job.quantized_inputs,
         };
         let mut folds = described.folds(job.method, &statistics)?;
-        self.phases.quantize += started.elapsed().as_secs_f64();
+        self.seconds += started.elapsed().as_secs_f64();
 
-        let mut digest = blake3::Hasher::new();
-        self.copy(part, &rewritten(job, layer, &folds)?, &mut digest)?;
+        self.copy(part, &rewritten(job, layer, &folds)?)?;
         let mut groups = Vec::new();
         let mut started = Instant::now();
         described.quantize(job.method, &mut folds, &mut statistics, &mut |group| {
-            self.phases.quantize += started.elapsed().as_secs_f64();
+            self.seconds += started.elapsed().as_secs_f64();
             let spec =
                 quantized.iter().find(|spec| spec.site == group.site).expect("only these were asked for");
             let names: Vec<&String> = spec.members.iter().map(|linear| &linear.name).collect();
@@ -187,7 +205,7 @@ impl<'a, B: Backend> Finisher<'a, B> {
             let (mut maxima, mut verdicts) = (vec![], vec![]);
             for (name, member) in names.into_iter().zip(group.members) {
                 healthy("folded weights", name, member.amax)?;
-                self.linear(name, member.linear, group.global, input, &mut digest)?;
+                self.linear(name, member.linear, group.global, input)?;
                 maxima.push((name.clone(), member.amax));
                 verdicts.push(member.verdict);
             }
@@ -197,7 +215,7 @@ impl<'a, B: Backend> Finisher<'a, B> {
             started = Instant::now();
             Ok(())
         })?;
-        self.finished(part, digest, groups)
+        self.place(ToPlace::Part(part, groups))
     }
 
     /// Places the tensors of one linear.
@@ -207,64 +225,41 @@ impl<'a, B: Backend> Finisher<'a, B> {
         quantized: QuantizedLinear,
         global: GlobalScale,
         input_amax: Option<f32>,
-        digest: &mut blake3::Hasher,
     ) -> Result<()> {
         let names = self.job.layout.linear_names(name);
-        self.spare.codes = self.put(&names.codes, quantized.codes, digest)?;
-        self.spare.scales = self.put(&names.scales, quantized.scales, digest)?;
-        self.put(&names.weight_global, self.job.layout.scalar(global).to_vec(), digest)?;
-        if let Some(amax) = input_amax {
-            let scalar = self.job.layout.scalar(GlobalScale::from_amax(amax));
-            self.put(&names.input_global, scalar.to_vec(), digest)?;
+        self.place(ToPlace::Made(names.codes, quantized.codes))?;
+        self.place(ToPlace::Made(names.scales, quantized.scales))?;
+        self.place(ToPlace::Made(names.weight_global, self.job.layout.scalar(global).to_vec()))?;
+        match input_amax {
+            None => Ok(()),
+            Some(amax) => {
+                let scalar = self.job.layout.scalar(GlobalScale::from_amax(amax));
+                self.place(ToPlace::Made(names.input_global, scalar.to_vec()))
+            }
         }
-        Ok(())
     }
 
     /// Carries tensors over, some of them rewritten.
-    fn copy(
-        &mut self,
-        part: PartId,
-        rewritten: &HashMap<String, Vec<u8>>,
-        digest: &mut blake3::Hasher,
-    ) -> Result<()> {
+    fn copy(&mut self, part: PartId, rewritten: &HashMap<String, Vec<u8>>) -> Result<()> {
         for name in &self.job.part(part).copied {
-            if let Some(bytes) = rewritten.get(name) {
-                self.put(name, bytes.clone(), digest)?;
-                continue;
-            }
-            let tensor = self.job.checkpoint.tensor(name)?;
-            match self.files {
-                // In place there is no need for a copy in memory: an embedding may be gigabytes.
-                Some(_) => self.write(name, tensor.bytes(), digest)?,
-                None => drop(self.put(name, tensor.bytes().to_vec(), digest)?),
-            }
+            self.place(match rewritten.get(name) {
+                Some(bytes) => ToPlace::Made(name.clone(), bytes.clone()),
+                None => ToPlace::Copied(self.job.checkpoint.tensor(name)?),
+            })?;
         }
         Ok(())
     }
 
-    /// Places a tensor; returns the memory where it is no longer needed.
-    fn put(&mut self, name: &str, bytes: Vec<u8>, digest: &mut blake3::Hasher) -> Result<Vec<u8>> {
-        if self.files.is_some() {
-            return self.write(name, &bytes, digest).map(|()| bytes);
-        }
-        let started = Instant::now();
-        digest.update_rayon(&bytes);
-        let sent = self.outbox.tensor(name, bytes);
-        self.phases.write += started.elapsed().as_secs_f64();
-        sent.map(|()| vec![])
+    /// Memory for a linear's codes and scales, from those that have been placed where there are any: the largest
+    /// for the codes.
+    fn spare(&mut self) -> QuantizedLinear {
+        let mut spare: Vec<Vec<u8>> = self.spare.try_iter().collect();
+        spare.sort_by_key(Vec::capacity);
+        QuantizedLinear { codes: spare.pop().unwrap_or_default(), scales: spare.pop().unwrap_or_default() }
     }
 
-    fn write(&mut self, name: &str, bytes: &[u8], digest: &mut blake3::Hasher) -> Result<()> {
-        let started = Instant::now();
-        digest.update_rayon(bytes);
-        let written = self.files.map_or(Ok(()), |files| files.write(name, bytes));
-        self.phases.write += started.elapsed().as_secs_f64();
-        written
-    }
-
-    fn finished(&mut self, part: PartId, digest: blake3::Hasher, groups: Vec<GroupRecord>) -> Result<()> {
-        let digest = digest.finalize().to_hex().to_string();
-        self.outbox.event(Event::Finished(PartRecord { part, digest, groups }))
+    fn place(&self, tensor: ToPlace) -> Result<()> {
+        self.places.send(tensor).map_err(|_| Error::run("the writing thread ended early"))
     }
 }
 

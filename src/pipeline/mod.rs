@@ -7,6 +7,7 @@ mod inventory;
 mod job;
 mod journal;
 mod messages;
+mod placer;
 mod placing;
 mod quantize;
 mod root;

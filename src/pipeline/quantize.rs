@@ -5,7 +5,6 @@ use std::time::Instant;
 
 use crossbeam_channel::{TrySendError, bounded};
 
-use super::finish::Finisher;
 use super::job::Job;
 use super::journal::{Fingerprint, PartId, PartRecord};
 use super::messages::{Hidden, Outbox};
@@ -236,9 +235,8 @@ impl OnBackend for Walk<'_, '_> {
         std::thread::scope(|scope| {
             let worker = scope.spawn(move || {
                 let outbox = Outbox::new(to_main.clone(), next);
-                let finisher = Finisher::new(backend, job, files, outbox.clone());
                 let stage = Stage { backend, job, slice, mode, group, incoming, outbox };
-                let result = stage.run(finisher);
+                let result = stage.run(files);
                 if let Err(error) = &result {
                     let _ = to_main.send(Outgoing::Fail(error.clone()));
                 }

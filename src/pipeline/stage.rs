@@ -8,12 +8,13 @@ use std::time::Instant;
 
 use crossbeam_channel::{Receiver, Sender, bounded};
 
-use super::finish::{Finished, Finisher, Inputs};
+use super::finish::{Finished, Inputs, finish};
 use super::job::Job;
 use super::journal::PartId;
 use super::messages::{Hidden, Outbox};
 use super::walk::Walk;
 use crate::backend::Backend;
+use crate::checkpoint::OutputFiles;
 use crate::error::{Error, Result};
 use crate::model::{Batch, LayerWeights};
 use crate::planner::Mode;
@@ -38,14 +39,16 @@ pub struct Stage<'a, B: Backend> {
 }
 
 impl<B: Backend> Stage<'_, B> {
-    /// Runs the slice to its end and says where the time went.
-    pub fn run(self, finisher: Finisher<'_, B>) -> Result<Phases> {
+    /// Runs the slice to its end, writing to `files` where this rank sees the output, and says where the time
+    /// went.
+    pub fn run(self, files: Option<&OutputFiles>) -> Result<Phases> {
         let started = Instant::now();
         std::thread::scope(|scope| {
             // Statistics are larger than weights: of them, no more than one layer may wait.
             let waiting = if self.job.method.needs_statistics() { 0 } else { self.ahead() };
             let (to_finisher, finished) = bounded(waiting);
-            let finishing = scope.spawn(move || finisher.run(&finished));
+            let (backend, job, outbox) = (self.backend, self.job, self.outbox.clone());
+            let finishing = scope.spawn(move || finish(backend, job, files, outbox, &finished));
             let walked = self.send_all(&to_finisher);
             drop(to_finisher);
             let finished = finishing.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic));

@@ -187,6 +187,9 @@ impl Distq {
                 command
             }
         };
+        // Launchers that begin and end at the same moment fight over a common session directory.
+        let session = tempfile::tempdir().unwrap();
+        command.env("OMPI_MCA_orte_tmpdir_base", session.path());
         command.args(&self.args).env("OMP_NUM_THREADS", "1").env("RUST_BACKTRACE", "0");
         command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
         let started = Instant::now();

@@ -1,0 +1,72 @@
+//! Finished tensors to their places, on a thread of their own: while one is digested and written, the next is
+//! being quantized.
+
+use std::time::Instant;
+
+use crossbeam_channel::{Receiver, Sender};
+
+use super::journal::{GroupRecord, PartId, PartRecord};
+use super::messages::{Event, Outbox};
+use crate::checkpoint::{OutputFiles, SourceTensor};
+use crate::error::Result;
+
+/// Something to be placed, in the inventory's order.
+pub enum ToPlace {
+    /// A tensor that was made here.
+    Made(String, Vec<u8>),
+    /// A tensor of the source, as it is.
+    Copied(SourceTensor),
+    /// All tensors of a part have been handed over.
+    Part(PartId, Vec<GroupRecord>),
+}
+
+/// Writes tensors where this rank sees the output, and sends them to rank 0 where it doesn't.
+pub struct Placer<'a> {
+    /// The output, where this rank sees it.
+    pub files: Option<&'a OutputFiles>,
+    /// To rank 0.
+    pub outbox: Outbox,
+    /// Where memory that is no longer needed goes, for the next tensor: fresh pages cost more than the copy into
+    /// them.
+    pub spare: Sender<Vec<u8>>,
+}
+
+impl Placer<'_> {
+    /// Takes tensors until there are no more; returns the seconds of digesting, writing and sending.
+    ///
+    /// # Errors
+    /// Exit code 5: a disk that fails.
+    pub fn run(self, tensors: &Receiver<ToPlace>) -> Result<f64> {
+        let (mut digest, mut seconds) = (blake3::Hasher::new(), 0.0);
+        for tensor in tensors {
+            let started = Instant::now();
+            match tensor {
+                ToPlace::Made(name, bytes) => {
+                    digest.update_rayon(&bytes);
+                    match self.files {
+                        Some(files) => {
+                            files.write(&name, &bytes)?;
+                            // Where nobody wants it any more it is simply freed.
+                            let _ = self.spare.try_send(bytes);
+                        }
+                        None => self.outbox.tensor(&name, bytes)?,
+                    }
+                }
+                // In place there is no need for a copy in memory: an embedding may be gigabytes.
+                ToPlace::Copied(source) => {
+                    digest.update_rayon(source.bytes());
+                    match self.files {
+                        Some(files) => files.write(&source.name, source.bytes())?,
+                        None => self.outbox.tensor(&source.name, source.bytes().to_vec())?,
+                    }
+                }
+                ToPlace::Part(part, groups) => {
+                    let digest = std::mem::take(&mut digest).finalize().to_hex().to_string();
+                    self.outbox.event(Event::Finished(PartRecord { part, digest, groups }))?;
+                }
+            }
+            seconds += started.elapsed().as_secs_f64();
+        }
+        Ok(seconds)
+    }
+}
