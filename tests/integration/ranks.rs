@@ -68,7 +68,8 @@ fn stages_that_stand_in_another_order_than_ranks_give_the_same_files() {
     let report: serde_json::Value = serde_json::from_slice(&std::fs::read(&report).unwrap()).unwrap();
     let stages = report["plan"]["stages"].as_array().unwrap();
     let ranks: Vec<_> = stages.iter().map(|stage| stage["rank"].as_u64().unwrap()).collect();
-    assert_eq!(ranks, [1, 0, 2]);
+    // Which of the others comes first depends on how fast each was measured to be.
+    assert_eq!((ranks.len(), ranks[1]), (3, 0), "rank 0 has room for neither end: {ranks:?}");
     assert!(stages.iter().any(|stage| stage["mode"] == "resident"), "{stages:?}");
 }
 
