@@ -2,7 +2,7 @@
 //!
 //! A process that no launcher started is a job of one rank and never initialises MPI. All messages are
 //! sent and received on the main thread: over TCP, MPI moves a large message only while it is being
-//! called, so the main thread stays with it ([`Cluster::pump`]) and workers compute.
+//! called, so the main thread stays with it ([`Cluster::work`]) and workers compute.
 
 mod collective;
 mod fail;
@@ -10,6 +10,7 @@ mod launch;
 mod machine;
 mod pump;
 mod transport;
+mod worker;
 
 use std::cell::Cell;
 use std::time::Duration;
@@ -17,7 +18,7 @@ use std::time::Duration;
 pub use fail::abort;
 pub use launch::{Launch, launch};
 pub use machine::{Machine, MemoryKind};
-pub use pump::{Outgoing, Pumped};
+pub use pump::Outgoing;
 pub use transport::{Frame, Tag};
 
 use crate::error::{Error, Result};

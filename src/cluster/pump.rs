@@ -47,7 +47,7 @@ impl Cluster {
     ///
     /// # Errors
     /// The error of whichever rank failed; rank 0 gets it with the rank named.
-    pub fn pump(
+    pub(super) fn pump(
         &self,
         outgoing: &Receiver<Outgoing>,
         take: &mut dyn FnMut(Tag, usize, Frame) -> Result<Pumped>,

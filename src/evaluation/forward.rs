@@ -2,11 +2,11 @@
 
 use std::ops::Range;
 
-use crossbeam_channel::{Receiver, Sender, TrySendError, bounded};
+use crossbeam_channel::{Receiver, Sender};
 
 use super::weights::Weights;
 use super::{Backend, MicroBatch, OnBackend};
-use crate::cluster::{Cluster, Frame, Outgoing, Pumped, Tag};
+use crate::cluster::{Cluster, Frame, Outgoing, Tag};
 use crate::error::{Error, Result};
 use crate::model::{Batch, Decoder, LayerWeights, Site};
 
@@ -38,9 +38,6 @@ pub struct Forward<'a> {
     pub text: &'a Text,
 }
 
-/// Hidden states that may wait between the main thread and the worker.
-const CHANNEL: usize = 8;
-
 /// Groups of micro-batches for each rank of a pipeline: enough to keep all of them busy.
 const GROUPS: usize = 4;
 
@@ -52,36 +49,13 @@ impl OnBackend for Forward<'_> {
         let layers = self.weights.model.layers;
         let slice = rank * layers / ranks..(rank + 1) * layers / ranks;
         let next = (rank + 1 < ranks).then_some(rank + 1);
-        let (to_main, outgoing) = bounded::<Outgoing>(CHANNEL);
-        let (to_worker, incoming) = bounded::<Vec<u8>>(CHANNEL);
         let (weights, text) = (self.weights, self.text);
         let groups = if ranks == 1 { 1 } else { ranks * GROUPS };
         let group = text.batches.len().div_ceil(groups).max(1);
-        std::thread::scope(|scope| {
-            let worker = scope.spawn(move || {
-                let to_next = to_main.clone();
-                let walk = Walk { weights, text, backend, slice, group, next, incoming, to_next };
-                walk.run().inspect_err(|error| drop(to_main.send(Outgoing::Fail(error.clone()))))
-            });
-            let mut to_worker = Some(to_worker);
-            let pumped = self.cluster.pump(&outgoing, &mut |_, peer, frame| match &to_worker {
-                Some(to_worker) => match to_worker.try_send(frame.body) {
-                    Ok(()) => Ok(Pumped::Taken),
-                    Err(TrySendError::Full(body)) => Ok(Pumped::Later(Frame { head: vec![], body })),
-                    Err(TrySendError::Disconnected(_)) => {
-                        Err(Error::run(format!("hidden states from rank {peer} came unasked")))
-                    }
-                },
-                None => Err(Error::run("the job is ending because of another failure")),
-            });
-            if pumped.is_err() {
-                to_worker = None;
-                drop(outgoing);
-            }
-            let walked = worker.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic));
-            drop(to_worker);
-            pumped.and(walked)
-        })
+        self.cluster.work(
+            |to_next, incoming| Walk { weights, text, backend, slice, group, next, incoming, to_next }.run(),
+            &mut |peer, _| Err(Error::run(format!("rank {peer} sent a message that is not for this rank"))),
+        )
     }
 }
 
@@ -93,7 +67,7 @@ struct Walk<'a, B: Backend> {
     /// Micro-batches that pass a layer before the next is loaded.
     group: usize,
     next: Option<usize>,
-    incoming: Receiver<Vec<u8>>,
+    incoming: Receiver<Frame>,
     to_next: Sender<Outgoing>,
 }
 
@@ -110,11 +84,15 @@ impl<B: Backend> Walk<'_, B> {
             .collect::<Result<_>>()?;
         let most = batches.iter().map(|batch| batch.tokens).max().unwrap_or(0);
         let mut work = decoder.workspace(most)?;
+        let embedding = match self.slice.start {
+            0 => Some(self.backend.load(&weights.tensor(&weights.model.embedding().name)?)?),
+            _ => None,
+        };
         let mut kept = Vec::new();
         for (number, batches) in batches.chunks(self.group).enumerate() {
             let mut states = Vec::new();
             for (i, batch) in batches.iter().enumerate() {
-                states.push(self.incoming(number * self.group + i, batch.tokens)?);
+                states.push(self.incoming(number * self.group + i, batch.tokens, embedding.as_ref())?);
             }
             for layer in self.slice.clone() {
                 let loaded =
@@ -147,16 +125,18 @@ impl<B: Backend> Walk<'_, B> {
         Ok(kept)
     }
 
-    /// The hidden states of a micro-batch before this rank's first layer.
-    fn incoming(&self, number: usize, tokens: usize) -> Result<B::Tensor> {
-        let (weights, text) = (self.weights, self.text);
-        let mut state = self.backend.activation(tokens, weights.model.hidden)?;
-        if self.slice.start == 0 {
-            let table = self.backend.load(&weights.tensor(&weights.model.embedding().name)?)?;
-            self.backend.embed(&table, &self.backend.index(text.ids_of(number))?, &mut state)?;
-        } else {
-            let ended = |_| Error::run("the stage before ended without sending its hidden states");
-            self.backend.upload(&self.incoming.recv().map_err(ended)?, &mut state)?;
+    /// The hidden states of a micro-batch before this rank's first layer: embedded on the first rank, received on
+    /// the others.
+    fn incoming(&self, number: usize, tokens: usize, embedding: Option<&B::Tensor>) -> Result<B::Tensor> {
+        let mut state = self.backend.activation(tokens, self.weights.model.hidden)?;
+        match embedding {
+            Some(table) => {
+                self.backend.embed(table, &self.backend.index(self.text.ids_of(number))?, &mut state)?
+            }
+            None => {
+                let ended = |_| Error::run("the stage before ended without sending its hidden states");
+                self.backend.upload(&self.incoming.recv().map_err(ended)?.body, &mut state)?
+            }
         }
         Ok(state)
     }

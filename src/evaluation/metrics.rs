@@ -10,28 +10,37 @@ use crate::error::Result;
 use crate::report::Scores;
 use crate::simd::wide;
 
-/// Final norm and lm_head over the hidden states of one micro-batch: yields logits `[tokens, vocab]`.
-pub struct Head<'a> {
+/// Yields a micro-batch's logits `[tokens, vocab]`.
+pub type Logits<'a> = &'a dyn Fn(usize) -> Result<Vec<f32>>;
+
+/// Final norm and lm_head over the last hidden states, loaded once.
+pub struct Head<'a, F> {
     /// The checkpoint.
     pub weights: &'a Weights,
-    /// `[tokens, hidden]` in the compute dtype.
-    pub hidden: &'a [u8],
+    /// By micro-batch: `[tokens, hidden]` in the compute dtype.
+    pub hidden: &'a [Vec<u8>],
+    /// What is to be done with the logits.
+    pub then: F,
 }
 
-impl OnBackend for Head<'_> {
-    type Output = Result<Vec<f32>>;
+impl<T, F: FnOnce(Logits<'_>) -> Result<T>> OnBackend for Head<'_, F> {
+    type Output = Result<T>;
 
-    fn run<B: Backend>(self, backend: &B) -> Result<Vec<f32>> {
+    fn run<B: Backend>(self, backend: &B) -> Result<T> {
         let model = &self.weights.model;
-        let tokens = self.hidden.len() / (model.hidden * backend.compute().bytes());
-        let mut x = backend.activation(tokens, model.hidden)?;
-        backend.upload(self.hidden, &mut x)?;
         let norm = backend.load(&self.weights.tensor("model.norm.weight")?)?;
-        let mut normed = backend.activation(tokens, model.hidden)?;
-        backend.rms_norm(&x, &norm, model.norm_eps, &mut normed)?;
-        let mut logits = backend.activation(tokens, model.vocab)?;
-        backend.linear(&normed, &backend.load(&self.weights.lm_head()?)?, None, &mut logits)?;
-        backend.values(&logits)
+        let lm_head = backend.load(&self.weights.lm_head()?)?;
+        (self.then)(&|batch| {
+            let hidden = &self.hidden[batch];
+            let tokens = hidden.len() / (model.hidden * backend.compute().bytes());
+            let mut x = backend.activation(tokens, model.hidden)?;
+            backend.upload(hidden, &mut x)?;
+            let mut normed = backend.activation(tokens, model.hidden)?;
+            backend.rms_norm(&x, &norm, model.norm_eps, &mut normed)?;
+            let mut logits = backend.activation(tokens, model.vocab)?;
+            backend.linear(&normed, &lm_head, None, &mut logits)?;
+            backend.values(&logits)
+        })
     }
 }
 
@@ -43,15 +52,12 @@ struct Token {
     against: Option<(f64, bool)>,
 }
 
-/// Scores every token of every window but the first: `mine` and `reference` yield a micro-batch's logits.
-pub fn score(
-    text: &Text,
-    mine: &dyn Fn(usize) -> Result<Vec<f32>>,
-    reference: &dyn Fn(usize) -> Result<Option<Vec<f32>>>,
-) -> Result<Scores> {
+/// Scores every token of every window but the first, beside a reference's where there is one.
+pub fn score(text: &Text, mine: Logits<'_>, reference: Option<Logits<'_>>) -> Result<Scores> {
     let mut tokens: Vec<Token> = Vec::new();
     for batch in 0..text.batches.len() {
-        let (logits, theirs, ids) = (mine(batch)?, reference(batch)?, text.ids_of(batch));
+        let (logits, theirs, ids) =
+            (mine(batch)?, reference.map(|of| of(batch)).transpose()?, text.ids_of(batch));
         let vocab = logits.len() / ids.len();
         let scored: Vec<usize> = (0..ids.len()).filter(|i| (i + 1) % text.window != 0).collect();
         tokens.par_extend(scored.into_par_iter().map(|i| {
@@ -140,7 +146,7 @@ mod tests {
         let text = Text { batches: micro_batches(&[3, 3], 3), ids: vec![0, 1, 1, 1, 0, 1], window: 3 };
         let odds = vec![0.0, 3f32.ln(), 0.0, 3f32.ln(), 0.0, 3f32.ln()];
         let even = vec![0.0; 6];
-        let scores = score(&text, &|_| Ok(odds.clone()), &|_| Ok(Some(even.clone()))).unwrap();
+        let scores = score(&text, &|_| Ok(odds.clone()), Some(&|_| Ok(even.clone()))).unwrap();
         assert_eq!(scores.tokens, 4);
         let nll = -(3.0 * 0.75f64.ln() + 0.25f64.ln()) / 4.0;
         assert!((scores.perplexity / nll.exp() - 1.0).abs() < 1e-6);
@@ -148,7 +154,7 @@ mod tests {
         assert!((scores.mean_kl.unwrap() - kl).abs() < 1e-6);
         assert!((scores.p99_kl.unwrap() - kl).abs() < 1e-6);
         assert_eq!(scores.top1, Some(0.0));
-        let alone = score(&text, &|_| Ok(odds.clone()), &|_| Ok(None)).unwrap();
+        let alone = score(&text, &|_| Ok(odds.clone()), None).unwrap();
         assert_eq!((alone.mean_kl, alone.top1), (None, None));
     }
 }

@@ -17,7 +17,7 @@ use crate::cluster::{Cluster, Machine};
 use crate::error::{Error, Result};
 use crate::report::{Evaluation, Scores};
 use forward::{Forward, Text};
-use metrics::Head;
+use metrics::{Head, Logits};
 use weights::Weights;
 
 /// What `distq eval` was asked to do.
@@ -120,13 +120,13 @@ impl Judged {
     fn scores(&self, cluster: &Cluster, reference: Option<&Judged>, text: &Text) -> Result<Scores> {
         let started = Instant::now();
         let mine = if cluster.rank() + 1 == cluster.size() {
-            let logits = |judged: &Judged, batch: usize| {
-                judged.device.run(Head { weights: &judged.weights, hidden: &judged.hidden[batch] })
+            let scored = match reference {
+                None => self.with_logits(|mine| metrics::score(text, mine, None)),
+                Some(reference) => self.with_logits(|mine| {
+                    reference.with_logits(|theirs| metrics::score(text, mine, Some(theirs)))
+                }),
             };
-            metrics::score(text, &|batch| logits(self, batch), &|batch| {
-                reference.map(|r| logits(r, batch)).transpose()
-            })
-            .map(Some)
+            scored.map(Some)
         } else {
             Ok(None)
         };
@@ -135,5 +135,8 @@ impl Judged {
         scores.model = self.path.display().to_string();
         scores.seconds = self.seconds + started.elapsed().as_secs_f64();
         Ok(scores)
+    }
+    fn with_logits<T>(&self, then: impl FnOnce(Logits<'_>) -> Result<T>) -> Result<T> {
+        self.device.run(Head { weights: &self.weights, hidden: &self.hidden, then })
     }
 }

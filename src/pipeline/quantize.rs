@@ -3,11 +3,9 @@
 use std::path::PathBuf;
 use std::time::Instant;
 
-use crossbeam_channel::{TrySendError, bounded};
-
 use super::job::Job;
 use super::journal::{Fingerprint, PartId, PartRecord};
-use super::messages::{Hidden, Outbox};
+use super::messages::Outbox;
 use super::placing::{Placed, SCRATCH, place};
 use super::root::Root;
 use super::stage::Stage;
@@ -15,7 +13,7 @@ use super::survey::{PlanOptions, Survey, survey};
 use crate::backend::{Backend, OnBackend};
 use crate::calibration::{CalibOptions, Calibration, Sampling};
 use crate::checkpoint::{Existing, OutputDir, OutputFiles, copy_side_files, quantization_files};
-use crate::cluster::{Cluster, Outgoing, Pumped, Tag};
+use crate::cluster::Cluster;
 use crate::error::{Error, Result};
 use crate::model::ModelConfig;
 use crate::planner::Mode;
@@ -90,7 +88,13 @@ pub fn quantize(cluster: &Cluster, options: &Options) -> Result<()> {
     let prepared = started.elapsed().as_secs_f64();
 
     let mut ear = root.map(|root| {
-        let steps = forward_until.map_or(0, |last| (last + 1) * job.micro_batches.len()) as u64;
+        let steps = forward_until.map_or(0, |last| {
+            // Stages that are walked twice are those that pass hidden states on.
+            let again =
+                plan.stages.iter().filter(|stage| stage.layers.end <= last).map(|stage| stage.layers.len());
+            let again = if job.method.needs_statistics() { again.sum() } else { 0 };
+            (last + 1 + again) * job.micro_batches.len()
+        }) as u64;
         let progress = Progress::new(steps, &plan, options.quiet);
         let files = files.as_ref().expect("rank 0 sees its own output");
         (root.dir, Root { files, journal: root.journal, progress, records: root.records })
@@ -222,49 +226,20 @@ struct Walk<'a, 'r> {
     root: Option<&'r mut Root<'a>>,
 }
 
-/// Messages that a worker may have waiting for the main thread, and the other way round.
-const CHANNEL: usize = 8;
-
 impl OnBackend for Walk<'_, '_> {
     type Output = Result<Phases>;
 
     fn run<B: Backend>(self, backend: &B) -> Result<Phases> {
         let Walk { cluster, job, slice, mode, group, next, files, mut root } = self;
-        let (to_main, outgoing) = bounded::<Outgoing>(CHANNEL);
-        let (to_worker, incoming) = bounded::<Hidden>(CHANNEL);
-        std::thread::scope(|scope| {
-            let worker = scope.spawn(move || {
-                let outbox = Outbox::new(to_main.clone(), next);
-                let stage = Stage { backend, job, slice, mode, group, incoming, outbox };
-                let result = stage.run(files);
-                if let Err(error) = &result {
-                    let _ = to_main.send(Outgoing::Fail(error.clone()));
-                }
-                result
-            });
-            let mut to_worker = Some(to_worker);
-            let pumped =
-                cluster.pump(&outgoing, &mut |tag, peer, frame| match (tag, &mut root, &to_worker) {
-                    (Tag::Root, Some(root), _) => root.take(peer, frame).map(|()| Pumped::Taken),
-                    (Tag::Hidden, _, Some(to_worker)) if to_worker.is_full() => Ok(Pumped::Later(frame)),
-                    (Tag::Hidden, _, Some(to_worker)) => {
-                        match to_worker.try_send(Hidden::from_frame(frame)) {
-                            Ok(()) => Ok(Pumped::Taken),
-                            Err(TrySendError::Full(_) | TrySendError::Disconnected(_)) => {
-                                Err(Error::run(format!("hidden states from rank {peer} came unasked")))
-                            }
-                        }
-                    }
-                    _ => Err(Error::run(format!("rank {peer} sent a message that is not for this rank"))),
-                });
-            if pumped.is_err() {
-                // Wake a worker that waits for hidden states or for the main thread.
-                to_worker = None;
-                drop(outgoing);
-            }
-            let worked = worker.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic));
-            drop(to_worker);
-            pumped.and(worked)
-        })
+        cluster.work(
+            |to_main, incoming| {
+                let outbox = Outbox::new(to_main, next);
+                Stage { backend, job, slice, mode, group, incoming, outbox }.run(files)
+            },
+            &mut |peer, frame| match &mut root {
+                Some(root) => root.take(peer, frame),
+                None => Err(Error::run(format!("rank {peer} sent a message that is not for this rank"))),
+            },
+        )
     }
 }

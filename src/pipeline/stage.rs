@@ -15,6 +15,7 @@ use super::messages::{Hidden, Outbox};
 use super::walk::Walk;
 use crate::backend::Backend;
 use crate::checkpoint::OutputFiles;
+use crate::cluster::Frame;
 use crate::error::{Error, Result};
 use crate::model::{Batch, LayerWeights};
 use crate::planner::Mode;
@@ -33,7 +34,7 @@ pub struct Stage<'a, B: Backend> {
     /// Micro-batches that walk through a layer together.
     pub group: usize,
     /// Hidden states from the stage before, in micro-batch order.
-    pub incoming: Receiver<Hidden>,
+    pub incoming: Receiver<Frame>,
     /// To the stage behind and to rank 0.
     pub outbox: Outbox,
 }
@@ -124,10 +125,11 @@ impl<B: Backend> Stage<'_, B> {
         }
         for (i, batch) in group.iter().enumerate() {
             let started = Instant::now();
-            let hidden = self
+            let frame = self
                 .incoming
                 .recv()
                 .map_err(|_| Error::run("the stage before ended without sending its hidden states"))?;
+            let hidden = Hidden::from_frame(frame);
             *waited += started.elapsed().as_secs_f64();
             debug_assert_eq!(hidden.micro_batch, first + i, "messages of one sender arrive in order");
             self.backend.set_rows(&mut states[i], batch.tokens);
