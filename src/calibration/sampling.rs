@@ -1,8 +1,5 @@
 //! Which tokens choose, and which judge.
 
-/// Rows that are kept whole at each site, for choosing and for judging.
-const ROWS: usize = 512;
-
 /// One document in this many is held out.
 const SHARE: usize = 16;
 
@@ -23,6 +20,9 @@ pub struct Sampling {
 }
 
 impl Sampling {
+    /// Rows that are kept whole at each site at most, for choosing and again for judging.
+    pub const ROWS: usize = 512;
+
     /// Spreads samples evenly over the documents; the last of every sixteen is held out where `hold_out`.
     pub fn of(lengths: &[usize], hold_out: bool) -> Sampling {
         let documents = lengths.len();
@@ -45,9 +45,9 @@ impl Sampling {
     }
 }
 
-/// At most [`ROWS`] of `tokens`, at even distances.
+/// At most [`Sampling::ROWS`] of `tokens`, at even distances.
 fn spread(tokens: &[usize]) -> Vec<usize> {
-    let rows = tokens.len().min(ROWS);
+    let rows = tokens.len().min(Sampling::ROWS);
     (0..rows).map(|i| tokens[(2 * i + 1) * tokens.len() / (2 * rows)]).collect()
 }
 

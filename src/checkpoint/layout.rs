@@ -92,6 +92,14 @@ impl Layout {
             Layout::Modelopt => global.multiplier().to_le_bytes(),
         }
     }
+
+    /// What a global scale stored in this layout says.
+    pub fn global(self, stored: f32) -> GlobalScale {
+        GlobalScale::from_multiplier(match self {
+            Layout::CompressedTensors => 1.0 / stored,
+            Layout::Modelopt => stored,
+        })
+    }
 }
 
 /// config.json of the output (the source's, field for field, and `quantization_config`), and

@@ -99,8 +99,7 @@ impl Weights {
                 .tensor(name)
                 .fix("check the checkpoint with distq verify")
         })?;
-        let stored = f32::from_le_bytes(bytes);
-        Ok(GlobalScale::from_multiplier(if layout == Layout::Modelopt { stored } else { 1.0 / stored }))
+        Ok(layout.global(f32::from_le_bytes(bytes)))
     }
 
     /// The matrix that turns hidden states into logits.

@@ -15,8 +15,8 @@
 
 use rayon::prelude::*;
 
+use super::QuantizedLinear;
 use super::dense::{Matrix, cholesky, gemm};
-use super::max::QuantizedLinear;
 use crate::nvfp4::{BLOCK, GlobalScale, best_scale, e2m1, e4m3};
 use crate::simd::wide;
 
@@ -194,7 +194,7 @@ fn order(h: &[f32], n: usize) -> Vec<usize> {
 mod tests {
     use super::super::dense::tests::{noise, second_moments};
     use super::*;
-    use crate::nvfp4::{self, amax, dequantize, quantize_searched};
+    use crate::nvfp4::amax;
 
     /// Inputs whose channels differ in size and depend on each other.
     fn inputs(rows: usize, n: usize) -> Vec<f32> {
@@ -205,12 +205,6 @@ mod tests {
             }
         }
         x
-    }
-
-    fn values(q: &QuantizedLinear, global: GlobalScale, len: usize) -> Vec<f32> {
-        let mut out = vec![0.0; len];
-        dequantize(&q.codes, &q.scales, global, &mut out);
-        out
     }
 
     /// `Σ_rows e · H · eᵀ`, H damped.
@@ -282,7 +276,7 @@ mod tests {
         let w = noise(8 * n, 7);
         let global = GlobalScale::from_amax(amax(&w));
         let quantized = factor.quantize(&w, global);
-        let ours = values(&quantized, global, w.len());
+        let ours = (quantized).values(n, global);
         for (row, w) in w.chunks_exact(n).enumerate() {
             let scale =
                 |t: usize| e4m3::decode(quantized.scales[(row * n + t) / BLOCK]) * global.multiplier();
@@ -298,7 +292,7 @@ mod tests {
         let factor = Factor::new(&h, n, 0.05).unwrap();
         let w = noise(4 * n, 8);
         let global = GlobalScale::from_amax(amax(&w));
-        let q = values(&factor.quantize(&w, global), global, w.len());
+        let q = (factor.quantize(&w, global)).values(n, global);
         let e: Vec<f32> = w.iter().zip(&q).map(|(w, q)| w - q).collect();
         let direct = loss(&e, &h, n, 0.05 * mean_diagonal(&h, n));
         let by_targets: f64 = e
@@ -324,8 +318,7 @@ mod tests {
         let w = noise(6 * n, 9);
         let global = GlobalScale::from_amax(amax(&w));
         let quantized = factor.quantize(&w, global);
-        let mut expected = QuantizedLinear { codes: vec![0; w.len() / 2], scales: vec![0; w.len() / 16] };
-        quantize_searched(&w, &importance, global, &mut expected.codes, &mut expected.scales);
+        let expected = QuantizedLinear::searched(&w, &importance, global);
         assert_eq!((quantized.codes, quantized.scales), (expected.codes, expected.scales));
     }
 
@@ -340,12 +333,9 @@ mod tests {
             let e: Vec<f32> = w.iter().zip(q).map(|(w, q)| w - q).collect();
             loss(&e, &h, n, 0.0)
         };
-        let mut q = QuantizedLinear { codes: vec![0; w.len() / 2], scales: vec![0; w.len() / 16] };
-        nvfp4::quantize(&w, global, &mut q.codes, &mut q.scales);
-        let max = error(&values(&q, global, w.len()));
-        quantize_searched(&w, &diagonal, global, &mut q.codes, &mut q.scales);
-        let searched = error(&values(&q, global, w.len()));
-        let gptq = error(&values(&Factor::new(&h, n, 0.05).unwrap().quantize(&w, global), global, w.len()));
+        let max = error(&QuantizedLinear::max(&w, n, global).values(n, global));
+        let searched = error(&QuantizedLinear::searched(&w, &diagonal, global).values(n, global));
+        let gptq = error(&(Factor::new(&h, n, 0.05).unwrap().quantize(&w, global)).values(n, global));
         assert!(gptq < 0.8 * searched && searched < max, "{gptq} {searched} {max}");
     }
 
@@ -359,7 +349,7 @@ mod tests {
         let w = noise(2 * n, 11);
         let global = GlobalScale::from_amax(amax(&w));
         let quantized = factor.quantize(&w, global);
-        let q = values(&quantized, global, w.len());
+        let q = (quantized).values(n, global);
         for row in 0..2 {
             let at = row * n + 3;
             let step = e4m3::decode(quantized.scales[at / BLOCK]) * global.multiplier();

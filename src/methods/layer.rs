@@ -2,12 +2,11 @@
 
 use super::dense::product;
 use super::gptq::Factor;
-use super::max::QuantizedLinear;
 use super::smoothing::{Choice, Smoothing, divide_columns, relative_error, served_inputs};
-use super::{Codes, Method, SiteStatistics};
+use super::{Codes, Method, QuantizedLinear, SiteStatistics};
 use crate::error::Result;
 use crate::model::Site;
-use crate::nvfp4::{self, BLOCK, GlobalScale, amax, dequantize, quantize_searched};
+use crate::nvfp4::{GlobalScale, amax};
 
 /// Damping where there are sixteen tokens for each channel, and where there are fewer.
 const DAMPING: [f32; 2] = [0.05, 0.1];
@@ -193,9 +192,7 @@ impl Layer<'_> {
     ) -> Result<QuantizedGroup> {
         let n = statistics.channels();
         let mut members = (self.weights)(site)?;
-        let sample =
-            |s: &SiteStatistics| if s.held_out.is_empty() { s.fit.clone() } else { s.held_out.clone() };
-        let plain = self.plain_errors(&members, statistics.input_amax(), &sample(statistics), n);
+        let plain = self.plain_errors(&members, statistics);
         if let Some(smoothing) = &smoothing {
             statistics.fold(&smoothing.factors);
             members.iter_mut().for_each(|w| *w = divide_columns(w, &smoothing.factors));
@@ -213,43 +210,43 @@ impl Layer<'_> {
         let input_amax = statistics.input_amax();
         let (factor, fallback) = self.factor(method, statistics);
 
-        let sample = sample(statistics);
-        let served = served_inputs(&sample, &vec![1.0; n], self.quantized_inputs.then_some(input_amax));
+        let sample = statistics.judges();
+        let served = self.served(statistics);
         let importance = match method.codes {
             Codes::Sweep => vec![1.0; n],
             _ => statistics.importance(),
         };
         let members = members.iter().zip(plain).map(|(w, output_error_max)| {
-            let outputs = product(&sample, w, n);
-            let judge = |q: &QuantizedLinear| {
-                let w = back(q, global);
-                relative_error(&product(&served, &w, n), &outputs)
+            let outputs = product(sample, w, n);
+            let judged = |codes: Codes, q: QuantizedLinear| {
+                let error = relative_error(&product(&served, &q.values(n, global), n), &outputs);
+                Judged { codes, q, error }
             };
-            let (codes, linear, other) = match (&factor, method.codes) {
-                (None, Codes::Max) => (Codes::Max, max(w, global), None),
+            let (kept, other) = match (&factor, method.codes) {
+                (None, Codes::Max) => (judged(Codes::Max, QuantizedLinear::max(w, n, global)), None),
                 (None, codes) => {
                     let codes = if codes == Codes::Gptq { Codes::Wsweep } else { codes };
-                    (codes, searched(w, &importance, global), None)
+                    (judged(codes, QuantizedLinear::searched(w, &importance, global)), None)
                 }
-                (Some(factor), _) if !method.guard => (Codes::Gptq, factor.quantize(w, global), None),
                 (Some(factor), _) => {
-                    let (ours, theirs) = (factor.quantize(w, global), searched(w, &importance, global));
-                    let (error, other) = (judge(&ours), judge(&theirs));
-                    if error <= other {
-                        (Codes::Gptq, ours, Some(other))
-                    } else {
-                        (Codes::Wsweep, theirs, Some(error))
+                    let ours = judged(Codes::Gptq, factor.quantize(w, global));
+                    let theirs = method
+                        .guard
+                        .then(|| judged(Codes::Wsweep, QuantizedLinear::searched(w, &importance, global)));
+                    match theirs {
+                        Some(theirs) if ours.error > theirs.error => (theirs, Some(ours.error)),
+                        theirs => (ours, theirs.map(|theirs| theirs.error)),
                     }
                 }
             };
             let verdict = Verdict {
-                codes: codes.name().to_string(),
-                weight_error: relative_error(&back(&linear, global), w).sqrt(),
+                codes: kept.codes.name().to_string(),
+                weight_error: relative_error(&kept.q.values(n, global), w).sqrt(),
                 output_error_max,
-                output_error: judge(&linear).sqrt(),
+                output_error: kept.error.sqrt(),
                 output_error_other: other.map(f64::sqrt),
             };
-            QuantizedMember { linear, amax: amax(w), verdict }
+            QuantizedMember { linear: kept.q, amax: amax(w), verdict }
         });
         let members = members.collect();
         let damping = factor.map(|factor| factor.damping);
@@ -257,14 +254,20 @@ impl Layer<'_> {
     }
 
     /// Each member's output error without folds under max scales.
-    fn plain_errors(&self, members: &[Vec<f32>], input_amax: f32, sample: &[f32], n: usize) -> Vec<f64> {
+    fn plain_errors(&self, members: &[Vec<f32>], statistics: &SiteStatistics) -> Vec<f64> {
+        let (n, sample, served) = (statistics.channels(), statistics.judges(), self.served(statistics));
         let global = GlobalScale::from_amax(members.iter().map(|w| amax(w)).fold(0.0, f32::max));
-        let served = served_inputs(sample, &vec![1.0; n], self.quantized_inputs.then_some(input_amax));
         let error = |w: &Vec<f32>| {
-            let outputs = product(sample, w, n);
-            relative_error(&product(&served, &back(&max(w, global), global), n), &outputs).sqrt()
+            let rounded = QuantizedLinear::max(w, n, global).values(n, global);
+            relative_error(&product(&served, &rounded, n), &product(sample, w, n)).sqrt()
         };
         members.iter().map(error).collect()
+    }
+
+    /// The rows to judge with, as an engine sees them.
+    fn served(&self, statistics: &SiteStatistics) -> Vec<f32> {
+        let input_amax = self.quantized_inputs.then(|| statistics.input_amax());
+        served_inputs(statistics.judges(), &vec![1.0; statistics.channels()], input_amax)
     }
 
     /// The factor of the site's Hessian, or why there is none.
@@ -302,27 +305,9 @@ fn norm_of(site: Site) -> Option<usize> {
     }
 }
 
-fn empty(elements: usize) -> QuantizedLinear {
-    QuantizedLinear { codes: vec![0; elements / 2], scales: vec![0; elements / BLOCK] }
-}
-
-fn max(w: &[f32], global: GlobalScale) -> QuantizedLinear {
-    let mut q = empty(w.len());
-    nvfp4::quantize(w, global, &mut q.codes, &mut q.scales);
-    q
-}
-
-fn searched(w: &[f32], importance: &[f32], global: GlobalScale) -> QuantizedLinear {
-    use rayon::prelude::*;
-    let n = importance.len();
-    let mut q = empty(w.len());
-    let rows = w.par_chunks(n).zip(q.codes.par_chunks_mut(n / 2)).zip(q.scales.par_chunks_mut(n / BLOCK));
-    rows.for_each(|((w, codes), scales)| quantize_searched(w, importance, global, codes, scales));
-    q
-}
-
-fn back(q: &QuantizedLinear, global: GlobalScale) -> Vec<f32> {
-    let mut w = vec![0.0; q.codes.len() * 2];
-    dequantize(&q.codes, &q.scales, global, &mut w);
-    w
+/// Codes and how far off their outputs are: squared, relative.
+struct Judged {
+    codes: Codes,
+    q: QuantizedLinear,
+    error: f64,
 }

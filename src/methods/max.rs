@@ -1,18 +1,10 @@
 //! Max calibration: one global scale for a fused group, block scales from block maxima.
 
+use super::QuantizedLinear;
 use crate::backend::Backend;
 use crate::error::Result;
 use crate::model::Linear;
 use crate::nvfp4::{BLOCK, GlobalScale};
-
-/// A linear's codes `[rows, cols / 2]` (two a byte) and E4M3 block scales `[rows, cols / 16]`.
-#[derive(Default)]
-pub struct QuantizedLinear {
-    /// Packed E2M1 codes.
-    pub codes: Vec<u8>,
-    /// E4M3 block scales.
-    pub scales: Vec<u8>,
-}
 
 /// `max |w|` of each member of a fused group; NaN or infinite where an element is.
 pub fn weight_amax<B: Backend>(backend: &B, members: &[Linear<B::Tensor>]) -> Result<Vec<f32>> {

@@ -7,10 +7,12 @@ mod dense;
 mod gptq;
 pub mod layer;
 mod max;
+mod quantized;
 mod smoothing;
 mod statistics;
 
-pub use max::{QuantizedLinear, quantize_linear, weight_amax};
+pub use max::{quantize_linear, weight_amax};
+pub use quantized::QuantizedLinear;
 pub use smoothing::Smoothing;
 pub use statistics::SiteStatistics;
 

@@ -7,9 +7,10 @@
 
 use rayon::prelude::*;
 
+use super::QuantizedLinear;
 use super::dense::product;
 use crate::nvfp4::activation::quantize_dequantize;
-use crate::nvfp4::{self, BLOCK, GlobalScale, amax, dequantize};
+use crate::nvfp4::{GlobalScale, amax};
 
 /// Exponents of `(weights / inputs)` that are tried.
 const EXPONENTS: [f32; 5] = [0.2, 0.35, 0.5, 0.65, 0.8];
@@ -110,10 +111,9 @@ impl Choice<'_> {
         let inputs = served_inputs(self.sample, factors, self.quantized_inputs.then(|| amax(&scaled)));
         let folded: Vec<Vec<f32>> = self.members.iter().map(|w| divide_columns(w, factors)).collect();
         let global = GlobalScale::from_amax(folded.iter().map(|w| amax(w)).fold(0.0, f32::max));
-        let errors = folded
-            .iter()
-            .zip(outputs)
-            .map(|(w, y)| relative_error(&product(&inputs, &rounded(w, global), n), y));
+        let errors = folded.iter().zip(outputs).map(|(w, y)| {
+            relative_error(&product(&inputs, &QuantizedLinear::max(w, n, global).values(n, global), n), y)
+        });
         errors.sum()
     }
 }
@@ -151,18 +151,6 @@ pub fn divide_columns(w: &[f32], factors: &[f32]) -> Vec<f32> {
     let mut w = w.to_vec();
     w.par_chunks_mut(factors.len()).for_each(|row| row.iter_mut().zip(factors).for_each(|(w, f)| *w /= f));
     w
-}
-
-/// Quantized with max scales and back.
-fn rounded(w: &[f32], global: GlobalScale) -> Vec<f32> {
-    const CHUNK: usize = 1 << 14;
-    let mut out = vec![0.0; w.len()];
-    out.par_chunks_mut(CHUNK).zip(w.par_chunks(CHUNK)).for_each(|(out, w)| {
-        let (mut codes, mut scales) = (vec![0; w.len() / 2], vec![0; w.len() / BLOCK]);
-        nvfp4::quantize(w, global, &mut codes, &mut scales);
-        dequantize(&codes, &scales, global, out);
-    });
-    out
 }
 
 /// The root mean square of each column, relative to its matrix, averaged over matrices.
@@ -208,20 +196,22 @@ mod tests {
         (amax, (0..n).map(|i| column(i).map(|x| x * x).sum()).collect())
     }
 
+    /// A site without ties whose inputs are quantized.
+    fn choice<'a>(
+        members: &'a [Vec<f32>],
+        (amax, squares): &'a (Vec<f32>, Vec<f32>),
+        sample: &'a [f32],
+    ) -> Choice<'a> {
+        Choice { members, amax, squares, sample, tie: None, quantized_inputs: true }
+    }
+
     #[test]
     fn outlier_channels_are_smoothed_and_the_error_falls() {
         let n = 64;
         let x = outliers(100, n);
-        let (amax, squares) = moments(&x, n);
+        let moments = moments(&x, n);
         let members = [noise(48 * n, 2), noise(32 * n, 3)];
-        let choice = Choice {
-            members: &members,
-            amax: &amax,
-            squares: &squares,
-            sample: &x,
-            tie: None,
-            quantized_inputs: true,
-        };
+        let choice = choice(&members, &moments, &x);
         let best = choice.best(|f| f);
         assert!(best.gain < 0.8, "{best:?}");
         assert!(best.factors[5] < 0.5 && best.factors[5] < best.factors[n - 2], "{:?}", best.factors);
@@ -231,17 +221,9 @@ mod tests {
     fn tied_channels_share_a_factor() {
         let n = 64;
         let x = outliers(100, n);
-        let (amax, squares) = moments(&x, n);
+        let moments = moments(&x, n);
         let members = [noise(48 * n, 2)];
-        let tie = Some((2, 16));
-        let choice = Choice {
-            members: &members,
-            amax: &amax,
-            squares: &squares,
-            sample: &x,
-            tie,
-            quantized_inputs: true,
-        };
+        let choice = Choice { tie: Some((2, 16)), ..choice(&members, &moments, &x) };
         for (_, factors) in choice.candidates() {
             for i in 0..16 {
                 assert_eq!(factors[i], factors[16 + i]);
@@ -255,18 +237,11 @@ mod tests {
         let n = 32;
         let mut x = noise(50 * n, 4);
         x.chunks_exact_mut(n).for_each(|row| (row[0] = 0.0, row[7] = 1.0).0);
-        let (amax, squares) = moments(&x, n);
+        let moments = moments(&x, n);
         let mut w = noise(16 * n, 5);
         w.chunks_exact_mut(n).for_each(|row| row[9] = 0.0);
         let members = [w];
-        let choice = Choice {
-            members: &members,
-            amax: &amax,
-            squares: &squares,
-            sample: &x,
-            tie: None,
-            quantized_inputs: true,
-        };
+        let choice = choice(&members, &moments, &x);
         for (name, factors) in choice.candidates() {
             assert!(factors.iter().all(|f| (1.0 / LIMIT..=LIMIT).contains(f)), "{name}: {factors:?}");
         }
@@ -275,15 +250,8 @@ mod tests {
     #[test]
     fn without_a_gain_nothing_is_folded() {
         let n = 32;
-        let choice = Choice {
-            members: &[vec![1.0; 16 * n]],
-            amax: &vec![1.0; n],
-            squares: &vec![1.0; n],
-            sample: &vec![1.0; 8 * n],
-            tie: None,
-            quantized_inputs: true,
-        };
-        let best = choice.best(|f| f);
+        let (members, moments) = ([vec![1.0; 16 * n]], (vec![1.0; n], vec![1.0; n]));
+        let best = choice(&members, &moments, &vec![1.0; 8 * n]).best(|f| f);
         assert_eq!((best.candidate.as_str(), best.factors), ("none", vec![1.0; n]));
     }
 }

@@ -41,6 +41,11 @@ impl SiteStatistics {
         crate::nvfp4::amax(&self.amax)
     }
 
+    /// Rows to judge with: the held-out ones where there are any.
+    pub fn judges(&self) -> &[f32] {
+        if self.held_out.is_empty() { &self.fit } else { &self.held_out }
+    }
+
     /// How much each channel's weights matter: the diagonal of the products, or the squares where there are none.
     pub fn importance(&self) -> Vec<f32> {
         let n = self.channels();

@@ -7,6 +7,7 @@ use safetensors::Dtype;
 
 use super::journal::PartId;
 use crate::backend::Compute;
+use crate::calibration::Sampling;
 use crate::checkpoint::{Checkpoint, Layout, OutTensor, Scheme};
 use crate::error::{Error, Result};
 use crate::methods::Method;
@@ -131,11 +132,10 @@ impl Inventory {
 /// Bytes of the statistics of two layers (one being gathered, one at work) and a copy, and of the largest site's
 /// factor, f32 weights (as they are, folded, and back from their codes) and sampled outputs.
 fn statistics(model: &ModelConfig, method: Method) -> u64 {
-    const SAMPLED: usize = 512;
     let sizes = model.groups(0).into_iter().map(|group| {
         let (n, rows) =
             (group.members[0].cols, group.members.iter().map(|linear| linear.rows).sum::<usize>());
-        (if method.needs_products() { n * n } else { n }, rows * n, SAMPLED * (n + rows))
+        (if method.needs_products() { n * n } else { n }, rows * n, Sampling::ROWS * (n + rows))
     });
     let sums: usize = sizes.clone().map(|(products, _, sampled)| products + sampled).sum();
     let solving = sizes.map(|(products, weights, sampled)| products + 3 * weights + 3 * sampled).max();

@@ -7,10 +7,11 @@
 use rayon::prelude::*;
 use safetensors::Dtype;
 
+use super::scan::widen as read_range;
 use super::subject::Subject;
-use crate::checkpoint::{Layout, SourceTensor, widen};
+use crate::checkpoint::{SourceTensor, widen};
 use crate::model::{LinearSpec, ModelConfig, Site};
-use crate::nvfp4::{BLOCK, GlobalScale, dequantize};
+use crate::nvfp4::{BLOCK, dequantize};
 
 /// Factors by channel of a layer's sites; none where nothing was folded.
 #[derive(Debug, Default)]
@@ -94,29 +95,28 @@ fn read_factors(subject: &Subject, linear: &LinearSpec) -> Option<Vec<f32>> {
         return None;
     }
     let names = subject.names(&linear.name);
-    let (codes, scales) = (subject.map(&names.codes)?, subject.map(&names.scales)?);
-    let stored = subject.scalar(&names.weight_global)?;
-    let modelopt = subject.layout == Some(Layout::Modelopt);
-    let global = GlobalScale::from_multiplier(if modelopt { stored } else { 1.0 / stored });
-    let (w, n) = (widen(&source).ok()?, linear.cols);
+    let global = subject.layout?.global(subject.scalar(&names.weight_global)?);
+    let n = linear.cols;
+    // Read part by part: layers are looked at side by side, and none should be in memory whole.
     const ROWS: usize = 64;
-    let parts: Vec<Vec<[f64; 2]>> = w
-        .par_chunks(ROWS * n)
-        .zip(codes.par_chunks(ROWS * n / 2))
-        .zip(scales.par_chunks(ROWS * n / BLOCK))
-        .map(|((w, codes), scales)| {
-            let mut back = vec![0.0; w.len()];
-            dequantize(codes, scales, global, &mut back);
-            let mut sums = vec![[0.0; 2]; n];
-            for (w, q) in w.chunks_exact(n).zip(back.chunks_exact(n)) {
-                for ([squares, products], (w, q)) in sums.iter_mut().zip(w.iter().zip(q)) {
-                    *squares += *w as f64 * *w as f64;
-                    *products += *w as f64 * *q as f64;
-                }
+    let part = |part: usize| -> Option<Vec<[f64; 2]>> {
+        let elements = part * ROWS * n..linear.rows.min((part + 1) * ROWS) * n;
+        let (mut codes, mut scales) = (vec![0; elements.len() / 2], vec![0; elements.len() / BLOCK]);
+        subject.read(&names.codes, elements.start / 2, &mut codes)?;
+        subject.read(&names.scales, elements.start / BLOCK, &mut scales)?;
+        let (mut w, mut back) = (Vec::new(), vec![0.0; elements.len()]);
+        read_range(&source, elements, &mut Vec::new(), &mut w)?;
+        dequantize(&codes, &scales, global, &mut back);
+        let mut sums = vec![[0.0; 2]; n];
+        for (w, q) in w.chunks_exact(n).zip(back.chunks_exact(n)) {
+            for ([squares, products], (w, q)) in sums.iter_mut().zip(w.iter().zip(q)) {
+                *squares += *w as f64 * *w as f64;
+                *products += *w as f64 * *q as f64;
             }
-            sums
-        })
-        .collect();
+        }
+        Some(sums)
+    };
+    let parts = (0..linear.rows.div_ceil(ROWS)).into_par_iter().map(part).collect::<Option<Vec<_>>>()?;
     let total = |column: usize, of: usize| parts.iter().map(|sums| sums[column][of]).sum::<f64>();
     let factor = |column: usize| (total(column, 0) / total(column, 1)) as f32;
     // A column of zeros, in the source or after rounding, tells nothing.

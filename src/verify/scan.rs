@@ -64,7 +64,7 @@ pub fn scan_group(subject: &Subject, group: &Group, folds: &LayerFolds) -> Vec<L
             elements: linear.rows * linear.cols,
             source,
             fold: &|first, w| folds.apply(group.site, member, linear.cols, first, w),
-            global: multiplier(subject.layout, weight_global),
+            global: subject.layout?.global(weight_global),
             expected: max.then_some(expected),
         };
         let found = scan.run()?;
@@ -81,11 +81,6 @@ pub fn scan_group(subject: &Subject, group: &Group, folds: &LayerFolds) -> Vec<L
         })
     };
     members.iter().zip(&sources).filter_map(scan).collect()
-}
-
-/// A stored global scale as a multiplier.
-fn multiplier(layout: Option<Layout>, stored: f32) -> GlobalScale {
-    GlobalScale::from_multiplier(if layout == Some(Layout::Modelopt) { stored } else { 1.0 / stored })
 }
 
 /// One pass over a linear's bytes and its source's.
@@ -164,8 +159,13 @@ fn different(a: &[u8], b: &[u8]) -> usize {
     a.iter().zip(b).filter(|(a, b)| a != b).count()
 }
 
-/// A range of the source's elements as f32, which is exact.
-fn widen(source: &SourceTensor, range: Range<usize>, stored: &mut Vec<u8>, out: &mut Vec<f32>) -> Option<()> {
+/// A range of the source's elements as f32, which is exact; none where it can't be read. `stored` is scratch.
+pub fn widen(
+    source: &SourceTensor,
+    range: Range<usize>,
+    stored: &mut Vec<u8>,
+    out: &mut Vec<f32>,
+) -> Option<()> {
     let bytes = if source.dtype == Dtype::F32 { 4 } else { 2 };
     stored.resize(range.len() * bytes, 0);
     source.read(range.start * bytes, stored).ok()?;
