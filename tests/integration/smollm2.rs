@@ -167,7 +167,7 @@ fn evaluate(checkpoints: &[&Path], ranks: Option<usize>) -> Vec<Value> {
 }
 
 #[test]
-fn the_best_method_halves_what_max_loses_and_any_ranks_measure_the_same() {
+fn the_best_method_loses_far_less_than_max_and_any_ranks_measure_the_same() {
     let dir = tempfile::tempdir().unwrap();
     let calib = dir.path().join("calib.jsonl");
     let lines: String = recorded()["ids"]
