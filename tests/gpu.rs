@@ -10,7 +10,7 @@
 
 use distq::backend::cpu::Cpu;
 use distq::backend::cuda::{Cuda, available};
-use distq::backend::{Backend, Compute, Heads};
+use distq::backend::{Backend, Compute, Heads, Solver};
 use distq::checkpoint::SourceTensor;
 use distq::nvfp4::GlobalScale;
 use half::bf16;
@@ -73,7 +73,7 @@ fn download<B: Backend>(backend: &B, x: &B::Tensor) -> Vec<f32> {
 
 /// What an operation gives on a backend.
 trait Operation {
-    fn on<B: Backend>(&self, backend: &B) -> Vec<f32>;
+    fn on<B: Solver>(&self, backend: &B) -> Vec<f32>;
 }
 
 fn agree(name: &str, operation: &impl Operation) {
@@ -91,7 +91,7 @@ fn agree(name: &str, operation: &impl Operation) {
 struct Linear(usize, usize, usize, bool);
 
 impl Operation for Linear {
-    fn on<B: Backend>(&self, b: &B) -> Vec<f32> {
+    fn on<B: Solver>(&self, b: &B) -> Vec<f32> {
         let (mut r, &Linear(m, n, k, biased)) = (Random(1), self);
         let (x, w, bias) =
             (upload(b, m, k, &r.values(m * k)), upload(b, n, k, &r.values(n * k)), r.values(n));
@@ -113,7 +113,7 @@ fn linear() {
 struct RmsNorm(usize, usize);
 
 impl Operation for RmsNorm {
-    fn on<B: Backend>(&self, b: &B) -> Vec<f32> {
+    fn on<B: Solver>(&self, b: &B) -> Vec<f32> {
         let mut r = Random(2);
         let x = upload(b, self.0, self.1, &r.values(self.0 * self.1));
         let weight = b.constant(&r.values(self.1), self.1).unwrap();
@@ -133,7 +133,7 @@ fn rms_norm() {
 struct Rope(usize, usize);
 
 impl Operation for Rope {
-    fn on<B: Backend>(&self, b: &B) -> Vec<f32> {
+    fn on<B: Solver>(&self, b: &B) -> Vec<f32> {
         let (mut r, &Rope(heads, dim)) = (Random(3), self);
         let mut x = upload(b, 9, heads * dim, &r.values(9 * heads * dim));
         let angles: Vec<f32> = (0..40 * dim / 2).map(|i| i as f32 * 0.37).collect();
@@ -155,7 +155,7 @@ fn rope() {
 struct Elementwise;
 
 impl Operation for Elementwise {
-    fn on<B: Backend>(&self, b: &B) -> Vec<f32> {
+    fn on<B: Solver>(&self, b: &B) -> Vec<f32> {
         let mut r = Random(4);
         let mut gate = upload(b, 33, 96, &r.values(33 * 96));
         let up = upload(b, 33, 96, &r.values(33 * 96));
@@ -178,7 +178,7 @@ fn elementwise() {
 struct Attention(Vec<u32>, Heads, Option<usize>);
 
 impl Operation for Attention {
-    fn on<B: Backend>(&self, b: &B) -> Vec<f32> {
+    fn on<B: Solver>(&self, b: &B) -> Vec<f32> {
         let (mut r, Attention(bounds, h, window)) = (Random(5), self);
         let n = *bounds.last().unwrap() as usize;
         let (q_cols, kv_cols) = (h.heads * h.dim, h.kv_heads * h.dim);
@@ -249,7 +249,7 @@ fn quantizing_gives_the_bytes_of_the_cpu() {
 struct Sums(usize, usize);
 
 impl Operation for Sums {
-    fn on<B: Backend>(&self, b: &B) -> Vec<f32> {
+    fn on<B: Solver>(&self, b: &B) -> Vec<f32> {
         let (mut r, &Sums(rows, cols)) = (Random(12), self);
         let mut sums = b.sums(cols, true).unwrap();
         for _ in 0..2 {
@@ -257,9 +257,9 @@ impl Operation for Sums {
             b.add_channels(&x, &mut sums).unwrap();
             b.add_products(&x, &mut sums).unwrap();
         }
-        let sums = b.read_sums(&sums).unwrap();
-        assert!(sums.amax.iter().all(|&amax| amax > 0.0 && amax <= 2.0));
-        [sums.squares, sums.products].concat()
+        let channels = b.read_channels(&sums).unwrap();
+        assert!(channels.amax.iter().all(|&amax| amax > 0.0 && amax <= 2.0));
+        [channels.squares, b.read(&b.products(sums).unwrap().unwrap()).unwrap()].concat()
     }
 }
 
@@ -273,7 +273,7 @@ fn statistics() {
 struct QuantizedInput(usize, usize, f32);
 
 impl Operation for QuantizedInput {
-    fn on<B: Backend>(&self, b: &B) -> Vec<f32> {
+    fn on<B: Solver>(&self, b: &B) -> Vec<f32> {
         let (mut r, &QuantizedInput(rows, cols, amax)) = (Random(13), self);
         let mut x = upload(b, rows, cols, &r.values(rows * cols));
         b.quantize_input(&mut x, GlobalScale::from_amax(amax)).unwrap();
@@ -289,6 +289,114 @@ fn quantized_inputs_are_those_of_the_cpu() {
             let operation = QuantizedInput(33, 160, amax);
             assert_eq!(operation.on(&cpu), operation.on(&cuda), "{compute:?} {amax}");
         }
+    }
+}
+
+/// Every operation on matrices that is not about codes.
+struct Matrices(usize, usize, usize);
+
+impl Operation for Matrices {
+    fn on<B: Solver>(&self, b: &B) -> Vec<f32> {
+        let (mut r, &Matrices(t, rows, n)) = (Random(21), self);
+        let weight = upload(b, rows, n, &r.values(rows * n));
+        let mut w = b.widen(&weight).unwrap();
+        let x = b.matrix(r.values(t * n), n).unwrap();
+        let mut factors = |n: usize| -> Vec<f32> { r.values(n).iter().map(|f| f.abs() + 0.5).collect() };
+        let (by_row, by_column) = (factors(rows), factors(n));
+        b.scale(&mut w, Some(&by_row), Some(&by_column)).unwrap();
+        b.scale(&mut w, None, Some(&by_column)).unwrap();
+        let divided = b.divided(&w, &by_column).unwrap();
+        let served = b.served(&x, &by_column, Some(GlobalScale::from_amax(3.0))).unwrap();
+        let (plain, outputs) = (b.outputs(&x, &w).unwrap(), b.outputs(&served, &divided).unwrap());
+        let columns = b.columns(&w).unwrap();
+        let mut all = vec![b.largest(&w).unwrap(), b.relative_error(&outputs, &plain).unwrap() as f32];
+        for matrix in [&w, &divided, &served, &plain, &outputs] {
+            all.extend(b.read(matrix).unwrap());
+        }
+        all.extend(columns.amax);
+        all.extend(columns.squares.iter().map(|&square| square as f32));
+        all
+    }
+}
+
+#[test]
+fn matrices() {
+    for (t, rows, n) in [(1, 3, 16), (33, 70, 160), (128, 300, 576)] {
+        agree("matrices", &Matrices(t, rows, n));
+    }
+}
+
+/// Codes, scales and the values they stand for, by max and by search.
+struct Rounded(usize, usize);
+
+impl Operation for Rounded {
+    fn on<B: Solver>(&self, b: &B) -> Vec<f32> {
+        let (mut r, &Rounded(rows, n)) = (Random(22), self);
+        let mut values = r.values(rows * n);
+        values.chunks_mut(16).enumerate().for_each(|(i, block)| match i % 5 {
+            1 => block.fill(0.0),
+            2 => block.iter_mut().for_each(|x| *x *= 1e-7),
+            3 => block.iter_mut().for_each(|x| *x *= 1e-2),
+            _ => {}
+        });
+        let w = b.matrix(values, n).unwrap();
+        let importance: Vec<f32> = r.values(n).iter().map(|x| x * x).collect();
+        let mut all = vec![];
+        for global in [2.0, 0.3].map(GlobalScale::from_amax) {
+            for codes in [b.round_max(&w, global), b.round_searched(&w, &importance, global)] {
+                let codes = codes.unwrap();
+                all.extend(b.read(&b.dequantize(&codes, n, global).unwrap()).unwrap());
+                let read = b.read_codes(codes).unwrap();
+                all.extend(read.codes.iter().chain(&read.scales).map(|&byte| byte as f32));
+            }
+        }
+        all
+    }
+}
+
+#[test]
+fn rounding_and_searching_give_the_bytes_of_the_cpu() {
+    for (rows, n) in [(3, 16), (70, 160), (64, 1024)] {
+        for compute in [Compute::Bf16, Compute::F32] {
+            let Some((cpu, cuda)) = backends(compute) else { return };
+            assert_eq!(Rounded(rows, n).on(&cpu), Rounded(rows, n).on(&cuda), "{rows} x {n}, {compute:?}");
+        }
+    }
+}
+
+/// Codes by GPTQ for inputs whose channels depend on each other: the codes, and what they lose.
+fn gptq<B: Solver>(b: &B, rows: usize, n: usize) -> (Vec<u8>, f64) {
+    let mut r = Random(23);
+    let mut x = r.values(3 * n * n);
+    for row in x.chunks_mut(n) {
+        (1..n).for_each(|i| row[i] = 0.6 * row[i - 1] + row[i] * if i % 11 == 0 { 3.0 } else { 1.0 });
+    }
+    let x = b.matrix(x, n).unwrap();
+    let mut sums = b.sums(n, true).unwrap();
+    let inputs = upload(b, 3 * n, n, &b.read(&x).unwrap());
+    b.add_products(&inputs, &mut sums).unwrap();
+    let h = b.products(sums).unwrap().unwrap();
+    let mean = b.diagonal(&h).unwrap().iter().sum::<f32>() / n as f32;
+    let order: Vec<u32> = (0..n as u32 / 16).rev().flat_map(|block| block * 16..block * 16 + 16).collect();
+    let factor = b.factor(&h, &order, 0.05 * mean).unwrap().expect("the Hessian is positive definite");
+    assert!(b.factor(&h, &order, -2.0 * mean).unwrap().is_none(), "negative pivots are refused");
+    let w = b.matrix(r.values(rows * n), n).unwrap();
+    let global = GlobalScale::from_amax(b.largest(&w).unwrap());
+    let codes = b.round_gptq(&w, &factor, global).unwrap();
+    let values = b.dequantize(&codes, n, global).unwrap();
+    let error = b.relative_error(&b.outputs(&x, &values).unwrap(), &b.outputs(&x, &w).unwrap()).unwrap();
+    (b.read_codes(codes).unwrap().codes, error)
+}
+
+#[test]
+fn gptq_loses_what_it_loses_on_the_cpu() {
+    for (rows, n) in [(5, 16), (100, 80), (130, 576), (64, 4160)] {
+        let Some((cpu, cuda)) = backends(Compute::F32) else { return };
+        let ((here, expected), (there, got)) = (gptq(&cpu, rows, n), gptq(&cuda, rows, n));
+        let differ = here.iter().zip(&there).filter(|(a, b)| a != b).count() as f64 / here.len() as f64;
+        println!("GPTQ {rows} x {n}: loss {expected:e} and {got:e}, {:.2} % of bytes differ", 100.0 * differ);
+        assert!((got / expected - 1.0).abs() < 0.02, "{rows} x {n}: {expected} {got}");
+        assert_eq!(gptq(&cuda, rows, n), (there, got), "the same every time");
     }
 }
 

@@ -2,7 +2,7 @@
 
 use std::str::FromStr;
 
-use super::{Backend, Compute, cpu::Cpu, cuda, cuda::Cuda};
+use super::{Compute, Solver, cpu::Cpu, cuda, cuda::Cuda};
 use crate::error::{Error, Result};
 
 /// What the user asked for.
@@ -96,5 +96,5 @@ pub trait OnBackend {
     /// What it yields.
     type Output;
     /// Does it.
-    fn run<B: Backend>(self, backend: &B) -> Self::Output;
+    fn run<B: Solver>(self, backend: &B) -> Self::Output;
 }

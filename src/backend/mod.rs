@@ -11,8 +11,10 @@
 pub mod cpu;
 pub mod cuda;
 mod device;
+mod solver;
 
 pub use device::{Device, DeviceChoice, OnBackend};
+pub use solver::{Columns, Solver};
 
 use crate::checkpoint::SourceTensor;
 use crate::error::Result;
@@ -48,15 +50,13 @@ pub struct Heads {
     pub dim: usize,
 }
 
-/// What a backend summed up over a site's inputs `[t, n]`.
+/// What a backend summed up over each channel of a site's inputs `[t, n]`.
 #[derive(Clone, Debug, Default, PartialEq)]
-pub struct Sums {
+pub struct Channels {
     /// `max |x|` of each channel; NaN where any was NaN.
     pub amax: Vec<f32>,
     /// `Σ x²` of each channel.
     pub squares: Vec<f32>,
-    /// `Σ xᵀ·x` `[n, n]`, where it was asked for.
-    pub products: Vec<f32>,
 }
 
 /// Tensors and operations on one device.
@@ -152,8 +152,8 @@ pub trait Backend: Send + Sync {
     /// Adds `xᵀ · x` to the products, in f32. The order of the additions is that of the calls and, inside a
     /// call, depends on its number of rows alone.
     fn add_products(&self, x: &Self::Tensor, sums: &mut Self::Sums) -> Result<()>;
-    /// Reads sums.
-    fn read_sums(&self, sums: &Self::Sums) -> Result<Sums>;
+    /// Reads the sums by channel.
+    fn read_channels(&self, sums: &Self::Sums) -> Result<Channels>;
     /// Reads a matrix as f32.
     fn values(&self, x: &Self::Tensor) -> Result<Vec<f32>>;
 

@@ -5,7 +5,7 @@ use std::ops::Range;
 use crossbeam_channel::{Receiver, Sender};
 
 use super::weights::Weights;
-use super::{Backend, MicroBatch, OnBackend};
+use super::{Backend, MicroBatch, OnBackend, Solver};
 use crate::cluster::{Cluster, Frame, Outgoing, Tag};
 use crate::error::{Error, Result};
 use crate::model::{Batch, Decoder, LayerWeights, Site};
@@ -44,7 +44,7 @@ const GROUPS: usize = 4;
 impl OnBackend for Forward<'_> {
     type Output = Result<Vec<Vec<u8>>>;
 
-    fn run<B: Backend>(self, backend: &B) -> Self::Output {
+    fn run<B: Solver>(self, backend: &B) -> Self::Output {
         let (rank, ranks) = (self.cluster.rank(), self.cluster.size());
         let layers = self.weights.model.layers;
         let slice = rank * layers / ranks..(rank + 1) * layers / ranks;

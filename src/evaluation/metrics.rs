@@ -4,7 +4,7 @@ use rayon::prelude::*;
 
 use super::forward::Text;
 use super::weights::Weights;
-use super::{Backend, OnBackend};
+use super::{OnBackend, Solver};
 use crate::backend::cpu::exp;
 use crate::error::Result;
 use crate::report::Scores;
@@ -26,7 +26,7 @@ pub struct Head<'a, F> {
 impl<T, F: FnOnce(Logits<'_>) -> Result<T>> OnBackend for Head<'_, F> {
     type Output = Result<T>;
 
-    fn run<B: Backend>(self, backend: &B) -> Result<T> {
+    fn run<B: Solver>(self, backend: &B) -> Result<T> {
         let model = &self.weights.model;
         let norm = backend.load(&self.weights.tensor("model.norm.weight")?)?;
         let lm_head = backend.load(&self.weights.lm_head()?)?;

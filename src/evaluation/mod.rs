@@ -11,7 +11,7 @@ mod weights;
 use std::path::{Path, PathBuf};
 use std::time::Instant;
 
-use crate::backend::{Backend, Device, DeviceChoice, OnBackend};
+use crate::backend::{Backend, Device, DeviceChoice, OnBackend, Solver};
 use crate::calibration::{MicroBatch, micro_batches, windows};
 use crate::cluster::{Cluster, Machine};
 use crate::error::{Error, Result};

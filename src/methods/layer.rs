@@ -1,12 +1,11 @@
 //! One decoder layer: choose the folds, fold, choose codes, judge them.
 
-use super::dense::product;
-use super::gptq::Factor;
-use super::smoothing::{Choice, Smoothing, divide_columns, relative_error, served_inputs};
-use super::{Codes, Method, QuantizedLinear, SiteStatistics};
+use super::smoothing::{Choice, Smoothing};
+use super::{Codes, Method, SiteStatistics, hessian};
+use crate::backend::Solver;
 use crate::error::Result;
 use crate::model::Site;
-use crate::nvfp4::{GlobalScale, amax};
+use crate::nvfp4::{GlobalScale, QuantizedLinear};
 
 /// Damping where there are sixteen tokens for each channel, and where there are fewer.
 const DAMPING: [f32; 2] = [0.05, 0.1];
@@ -15,14 +14,16 @@ const DAMPING: [f32; 2] = [0.05, 0.1];
 const LEAST_TOKENS: usize = 1;
 
 /// The members of a site's fused group, each `[rows, cols]` in f32, read when they are needed.
-pub type Weights<'a> = &'a dyn Fn(Site) -> Result<Vec<Vec<f32>>>;
+pub type Weights<'a, M> = &'a dyn Fn(Site) -> Result<Vec<M>>;
 
 /// A layer, as far as methods need it.
-pub struct Layer<'a> {
+pub struct Layer<'a, S: Solver> {
+    /// Where arithmetic happens.
+    pub solver: &'a S,
     /// Which sites are quantized.
     pub quantized: [bool; 4],
     /// The weights.
-    pub weights: Weights<'a>,
+    pub weights: Weights<'a, S::Matrix>,
     /// The two norms: before attention and before the MLP.
     pub norms: [Vec<f32>; 2],
     /// Rounds to what the stored norms can hold.
@@ -91,13 +92,13 @@ pub struct Verdict {
     pub output_error_other: Option<f64>,
 }
 
-impl Layer<'_> {
+impl<S: Solver> Layer<'_, S> {
     /// Chooses the folds of all sites. They come before any code is chosen because two of them change the rows
     /// of weights that an earlier site reads.
     ///
     /// # Errors
     /// What reading the weights returns.
-    pub fn folds(&self, method: Method, statistics: &[SiteStatistics; 4]) -> Result<Folds> {
+    pub fn folds(&self, method: Method, statistics: &[SiteStatistics<S::Matrix>; 4]) -> Result<Folds> {
         let mut folds = Folds::default();
         for site in Site::ALL.into_iter().filter(|&site| method.smooth && self.can_fold(site)) {
             let smoothing = self.smooth(site, &statistics[site as usize])?;
@@ -117,7 +118,7 @@ impl Layer<'_> {
         &self,
         method: Method,
         folds: &mut Folds,
-        statistics: &mut [SiteStatistics; 4],
+        statistics: &mut [SiteStatistics<S::Matrix>; 4],
         done: &mut dyn FnMut(QuantizedGroup) -> Result<()>,
     ) -> Result<()> {
         for site in Site::ALL.into_iter().filter(|&site| self.quantized[site as usize]) {
@@ -138,9 +139,10 @@ impl Layer<'_> {
         producer && self.quantized[site as usize]
     }
 
-    fn smooth(&self, site: Site, statistics: &SiteStatistics) -> Result<Smoothing> {
+    fn smooth(&self, site: Site, statistics: &SiteStatistics<S::Matrix>) -> Result<Smoothing> {
         let members = (self.weights)(site)?;
         let choice = Choice {
+            solver: self.solver,
             members: &members,
             amax: &statistics.amax,
             squares: &statistics.squares,
@@ -148,10 +150,10 @@ impl Layer<'_> {
             tie: (site == Site::O).then_some(self.heads),
             quantized_inputs: self.quantized_inputs,
         };
-        Ok(choice.best(|wished| match norm_of(site) {
+        choice.best(|wished| match norm_of(site) {
             Some(norm) => self.realized(norm, &wished),
             None => wished,
-        }))
+        })
     }
 
     /// The factors that a norm can hold: its stored weights are rounded, so the columns are divided by what
@@ -188,14 +190,16 @@ impl Layer<'_> {
         method: Method,
         smoothing: Option<Smoothing>,
         folds: &Folds,
-        statistics: &mut SiteStatistics,
+        statistics: &mut SiteStatistics<S::Matrix>,
     ) -> Result<QuantizedGroup> {
-        let n = statistics.channels();
+        let (solver, n) = (self.solver, statistics.channels());
         let mut members = (self.weights)(site)?;
-        let plain = self.plain_errors(&members, statistics);
+        let plain = self.plain_errors(&members, statistics)?;
         if let Some(smoothing) = &smoothing {
-            statistics.fold(&smoothing.factors);
-            members.iter_mut().for_each(|w| *w = divide_columns(w, &smoothing.factors));
+            statistics.fold(solver, &smoothing.factors)?;
+            for w in &mut members {
+                *w = solver.divided(w, &smoothing.factors)?;
+            }
         }
         let rows = match site {
             Site::Qkv => Some((2, &folds.v)),
@@ -203,97 +207,120 @@ impl Layer<'_> {
             _ => None,
         };
         if let Some((member, Some(factors))) = rows {
-            let rows = members[member].chunks_exact_mut(n).zip(factors);
-            rows.for_each(|(row, factor)| row.iter_mut().for_each(|w| *w *= factor));
+            solver.scale(&mut members[member], Some(factors), None)?;
         }
-        let global = GlobalScale::from_amax(members.iter().map(|w| amax(w)).fold(0.0, f32::max));
+        let global = group_scale(solver, &members)?;
         let input_amax = statistics.input_amax();
-        let (factor, fallback) = self.factor(method, statistics);
-
-        let sample = statistics.judges();
-        let served = self.served(statistics);
         let importance = match method.codes {
             Codes::Sweep => vec![1.0; n],
-            _ => statistics.importance(),
+            _ => statistics.importance(solver)?,
         };
-        let members = members.iter().zip(plain).map(|(w, output_error_max)| {
-            let outputs = product(sample, w, n);
-            let judged = |codes: Codes, q: QuantizedLinear| {
-                let error = relative_error(&product(&served, &q.values(n, global), n), &outputs);
-                Judged { codes, q, error }
+        let (factor, fallback) = self.factor(statistics, &importance)?;
+        let factor = factor.as_ref();
+
+        let sample = statistics.judges();
+        let served = self.served(statistics)?;
+        let mut quantized = Vec::new();
+        for (w, output_error_max) in members.iter().zip(plain) {
+            let outputs = solver.outputs(sample, w)?;
+            let judged = |codes: Codes| -> Result<Judged<S>> {
+                let q = match (codes, factor) {
+                    (Codes::Max, _) => solver.round_max(w, global)?,
+                    (Codes::Gptq, Some((factor, _))) => solver.round_gptq(w, factor, global)?,
+                    _ => solver.round_searched(w, &importance, global)?,
+                };
+                let values = solver.dequantize(&q, n, global)?;
+                let error = solver.relative_error(&solver.outputs(&served, &values)?, &outputs)?;
+                let weight_error = solver.relative_error(&values, w)?.sqrt();
+                Ok(Judged { codes, q, error, weight_error })
             };
-            let (kept, other) = match (&factor, method.codes) {
-                (None, Codes::Max) => (judged(Codes::Max, QuantizedLinear::max(w, n, global)), None),
-                (None, codes) => {
-                    let codes = if codes == Codes::Gptq { Codes::Wsweep } else { codes };
-                    (judged(codes, QuantizedLinear::searched(w, &importance, global)), None)
-                }
-                (Some(factor), _) => {
-                    let ours = judged(Codes::Gptq, factor.quantize(w, global));
-                    let theirs = method
-                        .guard
-                        .then(|| judged(Codes::Wsweep, QuantizedLinear::searched(w, &importance, global)));
-                    match theirs {
-                        Some(theirs) if ours.error > theirs.error => (theirs, Some(ours.error)),
-                        theirs => (ours, theirs.map(|theirs| theirs.error)),
-                    }
-                }
+            let codes = match (method.codes, factor) {
+                (Codes::Gptq, None) => Codes::Wsweep,
+                (codes, _) => codes,
+            };
+            let ours = judged(codes)?;
+            let theirs = match codes == Codes::Gptq && method.guard {
+                true => Some(judged(Codes::Wsweep)?),
+                false => None,
+            };
+            let (kept, other) = match theirs {
+                Some(theirs) if ours.error > theirs.error => (theirs, Some(ours.error)),
+                theirs => (ours, theirs.map(|theirs| theirs.error)),
             };
             let verdict = Verdict {
                 codes: kept.codes.name().to_string(),
-                weight_error: relative_error(&kept.q.values(n, global), w).sqrt(),
+                weight_error: kept.weight_error,
                 output_error_max,
                 output_error: kept.error.sqrt(),
                 output_error_other: other.map(f64::sqrt),
             };
-            QuantizedMember { linear: kept.q, amax: amax(w), verdict }
-        });
-        let members = members.collect();
-        let damping = factor.map(|factor| factor.damping);
-        Ok(QuantizedGroup { site, global, input_amax, smoothing, damping, fallback, members })
+            let linear = solver.read_codes(kept.q)?;
+            quantized.push(QuantizedMember { linear, amax: solver.largest(w)?, verdict });
+        }
+        let damping = factor.map(|(_, damping)| *damping);
+        Ok(QuantizedGroup { site, global, input_amax, smoothing, damping, fallback, members: quantized })
     }
 
     /// Each member's output error without folds under max scales.
-    fn plain_errors(&self, members: &[Vec<f32>], statistics: &SiteStatistics) -> Vec<f64> {
-        let (n, sample, served) = (statistics.channels(), statistics.judges(), self.served(statistics));
-        let global = GlobalScale::from_amax(members.iter().map(|w| amax(w)).fold(0.0, f32::max));
-        let error = |w: &Vec<f32>| {
-            let rounded = QuantizedLinear::max(w, n, global).values(n, global);
-            relative_error(&product(&served, &rounded, n), &product(sample, w, n)).sqrt()
+    fn plain_errors(
+        &self,
+        members: &[S::Matrix],
+        statistics: &SiteStatistics<S::Matrix>,
+    ) -> Result<Vec<f64>> {
+        let (solver, n, sample) = (self.solver, statistics.channels(), statistics.judges());
+        let served = self.served(statistics)?;
+        let global = group_scale(solver, members)?;
+        let error = |w: &S::Matrix| {
+            let rounded = solver.dequantize(&solver.round_max(w, global)?, n, global)?;
+            let error =
+                solver.relative_error(&solver.outputs(&served, &rounded)?, &solver.outputs(sample, w)?);
+            error.map(f64::sqrt)
         };
         members.iter().map(error).collect()
     }
 
     /// The rows to judge with, as an engine sees them.
-    fn served(&self, statistics: &SiteStatistics) -> Vec<f32> {
-        let input_amax = self.quantized_inputs.then(|| statistics.input_amax());
-        served_inputs(statistics.judges(), &vec![1.0; statistics.channels()], input_amax)
+    fn served(&self, statistics: &SiteStatistics<S::Matrix>) -> Result<S::Matrix> {
+        let input = self.quantized_inputs.then(|| GlobalScale::from_amax(statistics.input_amax()));
+        self.solver.served(statistics.judges(), &vec![1.0; statistics.channels()], input)
     }
 
-    /// The factor of the site's Hessian, or why there is none.
-    fn factor(&self, method: Method, statistics: &SiteStatistics) -> (Option<Factor>, Option<String>) {
+    /// The factor of the site's Hessian and its damping, or why there is none. The Hessian is given up: both
+    /// together are the largest that a site needs.
+    fn factor(
+        &self,
+        statistics: &mut SiteStatistics<S::Matrix>,
+        diagonal: &[f32],
+    ) -> Result<Factored<S::Factor>> {
         let n = statistics.channels();
-        if method.codes != Codes::Gptq {
-            return (None, None);
-        }
+        let Some(products) = statistics.products.take() else { return Ok((None, None)) };
         if self.tokens < LEAST_TOKENS * n {
             let reason = format!(
                 "{} calibration tokens, a Hessian of {n} channels needs {}",
                 self.tokens,
                 LEAST_TOKENS * n
             );
-            return (None, Some(reason));
+            return Ok((None, Some(reason)));
         }
-        let damping = DAMPING[(self.tokens < 16 * n) as usize];
-        match Factor::new(&statistics.products, n, damping) {
+        let least = DAMPING[(self.tokens < 16 * n) as usize];
+        Ok(match hessian::factor(self.solver, &products, diagonal, least)? {
             None => (None, Some("no damping makes the Hessian positive definite".into())),
-            Some(factor) if factor.damping > damping => {
-                let reason = format!("the Hessian needed damping {} instead of {damping}", factor.damping);
-                (Some(factor), Some(reason))
+            Some((factor, damping)) if damping > least => {
+                let reason = format!("the Hessian needed damping {damping} instead of {least}");
+                (Some((factor, damping)), Some(reason))
             }
             factor => (factor, None),
-        }
+        })
     }
+}
+
+/// The members' common scale.
+fn group_scale<S: Solver>(solver: &S, members: &[S::Matrix]) -> Result<GlobalScale> {
+    let mut largest = 0f32;
+    for w in members {
+        largest = largest.max(solver.largest(w)?);
+    }
+    Ok(GlobalScale::from_amax(largest))
 }
 
 /// The norm that produces a site's input.
@@ -305,9 +332,13 @@ fn norm_of(site: Site) -> Option<usize> {
     }
 }
 
+/// A factor and its damping, or why there is none, or why it is another than asked for.
+type Factored<F> = (Option<(F, f32)>, Option<String>);
+
 /// Codes and how far off their outputs are: squared, relative.
-struct Judged {
+struct Judged<S: Solver> {
     codes: Codes,
-    q: QuantizedLinear,
+    q: S::Codes,
     error: f64,
+    weight_error: f64,
 }

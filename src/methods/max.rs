@@ -1,10 +1,9 @@
 //! Max calibration: one global scale for a fused group, block scales from block maxima.
 
-use super::QuantizedLinear;
 use crate::backend::Backend;
 use crate::error::Result;
 use crate::model::Linear;
-use crate::nvfp4::{BLOCK, GlobalScale};
+use crate::nvfp4::{BLOCK, GlobalScale, QuantizedLinear};
 
 /// `max |w|` of each member of a fused group; NaN or infinite where an element is.
 pub fn weight_amax<B: Backend>(backend: &B, members: &[Linear<B::Tensor>]) -> Result<Vec<f32>> {

@@ -1,18 +1,16 @@
 //! How codes and scales are chosen. Knows neither files nor ranks.
 //!
-//! [`max`](Codes::Max) needs an input's maximum alone and runs where the weights are. Everything else works on f32
-//! matrices and on what calibration summed up for a site ([`SiteStatistics`]), one layer at a time ([`layer`]).
+//! [`max`](Codes::Max) needs an input's maximum alone. Everything else works on f32 matrices and on what calibration
+//! summed up for a site ([`SiteStatistics`]), one layer at a time ([`layer`]). Arithmetic happens where the weights
+//! are, behind [`crate::backend::Solver`]; here is what is tried and what is kept.
 
-mod dense;
-mod gptq;
+mod hessian;
 pub mod layer;
 mod max;
-mod quantized;
 mod smoothing;
 mod statistics;
 
 pub use max::{quantize_linear, weight_amax};
-pub use quantized::QuantizedLinear;
 pub use smoothing::Smoothing;
 pub use statistics::SiteStatistics;
 

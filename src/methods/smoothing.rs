@@ -5,11 +5,8 @@
 //! Candidates come from the second moments of inputs and weights (arXiv 2306.00978 and 2211.10438 use first
 //! moments and maxima); the one with the smallest error of the outputs, as they will be served, is kept.
 
-use rayon::prelude::*;
-
-use super::QuantizedLinear;
-use super::dense::product;
-use crate::nvfp4::activation::quantize_dequantize;
+use crate::backend::Solver;
+use crate::error::Result;
 use crate::nvfp4::{GlobalScale, amax};
 
 /// Exponents of `(weights / inputs)` that are tried.
@@ -34,15 +31,17 @@ pub struct Smoothing {
 }
 
 /// A site whose factors are to be chosen.
-pub struct Choice<'a> {
+pub struct Choice<'a, S: Solver> {
+    /// Where arithmetic happens.
+    pub solver: &'a S,
     /// The weights that read the input, each `[rows, n]`.
-    pub members: &'a [Vec<f32>],
+    pub members: &'a [S::Matrix],
     /// `max |x|` of each channel.
     pub amax: &'a [f32],
     /// `Σ x²` of each channel.
     pub squares: &'a [f32],
     /// Sampled inputs `[k, n]`.
-    pub sample: &'a [f32],
+    pub sample: &'a S::Matrix,
     /// Channels that share a factor although they are read apart: `(repeats, width)` for heads that
     /// `repeats` query heads in turn share.
     pub tie: Option<(usize, usize)>,
@@ -50,37 +49,52 @@ pub struct Choice<'a> {
     pub quantized_inputs: bool,
 }
 
-impl Choice<'_> {
+impl<S: Solver> Choice<'_, S> {
     /// The best factors. `realize` turns wished factors into those that the producer can hold.
-    pub fn best(&self, realize: impl Fn(Vec<f32>) -> Vec<f32>) -> Smoothing {
-        let n = self.amax.len();
-        let outputs: Vec<Vec<f32>> = self.members.iter().map(|w| product(self.sample, w, n)).collect();
-        let none = vec![1.0; n];
-        let base = self.error(&none, &outputs);
+    ///
+    /// # Errors
+    /// What the device returns.
+    pub fn best(&self, realize: impl Fn(Vec<f32>) -> Vec<f32>) -> Result<Smoothing> {
+        let outputs =
+            self.members.iter().map(|w| self.solver.outputs(self.sample, w)).collect::<Result<Vec<_>>>()?;
+        let none = vec![1.0; self.amax.len()];
+        let base = self.error(&none, &outputs)?;
         let mut best = Smoothing { candidate: "none".into(), gain: 1.0, factors: none };
-        for (candidate, wished) in self.candidates() {
+        for (candidate, wished) in self.candidates()? {
             let factors = realize(wished);
-            let gain = self.error(&factors, &outputs) / base;
+            let gain = self.error(&factors, &outputs)? / base;
             // Written so that NaN loses.
             if gain < best.gain && gain <= MARGIN {
                 best = Smoothing { candidate, gain, factors };
             }
         }
-        best
+        Ok(best)
     }
 
-    fn candidates(&self) -> Vec<(String, Vec<f32>)> {
+    fn candidates(&self) -> Result<Vec<(String, Vec<f32>)>> {
         let inputs = self.input_rms();
-        let weights = weight_rms(self.members, inputs.len());
+        let (weights, largest) = self.weight_columns()?;
         let power =
             |a: f32| -> Vec<f32> { weights.iter().zip(&inputs).map(|(w, x)| (w / x).powf(a)).collect() };
         let mut candidates: Vec<(String, Vec<f32>)> =
             EXPONENTS.iter().map(|&a| (format!("rms^{a}"), self.tidy(power(a)))).collect();
-        let largest = column_amax(self.members, inputs.len());
         let quietest = smallest_positive(self.amax);
         let by_max = largest.iter().zip(self.amax).map(|(w, x)| (w / x.max(quietest)).sqrt()).collect();
         candidates.push(("max^0.5".into(), self.tidy(by_max)));
-        candidates
+        Ok(candidates)
+    }
+
+    /// The root mean square of each column, relative to its matrix, averaged over members; and its maximum.
+    fn weight_columns(&self) -> Result<(Vec<f32>, Vec<f32>)> {
+        let n = self.amax.len();
+        let (mut sum, mut largest) = (vec![0f64; n], vec![0f32; n]);
+        for w in self.members {
+            let columns = self.solver.columns(w)?;
+            let total: f64 = columns.squares.iter().sum();
+            sum.iter_mut().zip(&columns.squares).for_each(|(sum, column)| *sum += column / total);
+            largest.iter_mut().zip(&columns.amax).for_each(|(max, amax)| *max = max.max(*amax));
+        }
+        Ok((sum.iter().map(|&sum| sum.sqrt() as f32).collect(), largest))
     }
 
     /// `sqrt(Σ x²)`; a channel that was never used counts as the quietest one that was.
@@ -105,74 +119,25 @@ impl Choice<'_> {
     }
 
     /// The relative squared error of the outputs under max scales, summed over members.
-    fn error(&self, factors: &[f32], outputs: &[Vec<f32>]) -> f64 {
-        let n = factors.len();
+    fn error(&self, factors: &[f32], outputs: &[S::Matrix]) -> Result<f64> {
+        let (solver, n) = (self.solver, factors.len());
         let scaled: Vec<f32> = self.amax.iter().zip(factors).map(|(x, f)| x * f).collect();
-        let inputs = served_inputs(self.sample, factors, self.quantized_inputs.then(|| amax(&scaled)));
-        let folded: Vec<Vec<f32>> = self.members.iter().map(|w| divide_columns(w, factors)).collect();
-        let global = GlobalScale::from_amax(folded.iter().map(|w| amax(w)).fold(0.0, f32::max));
-        let errors = folded.iter().zip(outputs).map(|(w, y)| {
-            relative_error(&product(&inputs, &QuantizedLinear::max(w, n, global).values(n, global), n), y)
-        });
-        errors.sum()
-    }
-}
-
-/// Inputs as an engine sees them: scaled, and quantized under a static scale where it quantizes inputs.
-pub fn served_inputs(x: &[f32], factors: &[f32], input_amax: Option<f32>) -> Vec<f32> {
-    let n = factors.len();
-    let mut inputs = x.to_vec();
-    inputs.par_chunks_mut(n).for_each(|row| {
-        row.iter_mut().zip(factors).for_each(|(x, f)| *x *= f);
-        if let Some(amax) = input_amax {
-            quantize_dequantize(row, GlobalScale::from_amax(amax));
+        let input = self.quantized_inputs.then(|| GlobalScale::from_amax(amax(&scaled)));
+        let inputs = solver.served(self.sample, factors, input)?;
+        // One member's fold at a time: for a large layer two of them are as large as everything else.
+        let mut largest = 0f32;
+        for w in self.members {
+            largest = largest.max(solver.largest(&solver.divided(w, factors)?)?);
         }
-    });
-    inputs
-}
-
-/// `‖a − b‖² / ‖b‖²`.
-pub fn relative_error(a: &[f32], b: &[f32]) -> f64 {
-    // Chunks in parallel, sums in order.
-    let parts: Vec<(f64, f64)> = a
-        .par_chunks(1 << 14)
-        .zip(b.par_chunks(1 << 14))
-        .map(|(a, b)| {
-            let squares = a.iter().zip(b).map(|(a, b)| (((a - b) as f64).powi(2), (*b as f64).powi(2)));
-            squares.fold((0.0, 0.0), |sum, term| (sum.0 + term.0, sum.1 + term.1))
-        })
-        .collect();
-    let (error, norm) = parts.into_iter().fold((0.0, 0.0), |sum, part| (sum.0 + part.0, sum.1 + part.1));
-    error / norm
-}
-
-/// `w · diag(1 / factors)`.
-pub fn divide_columns(w: &[f32], factors: &[f32]) -> Vec<f32> {
-    let mut w = w.to_vec();
-    w.par_chunks_mut(factors.len()).for_each(|row| row.iter_mut().zip(factors).for_each(|(w, f)| *w /= f));
-    w
-}
-
-/// The root mean square of each column, relative to its matrix, averaged over matrices.
-fn weight_rms(members: &[Vec<f32>], n: usize) -> Vec<f32> {
-    let mut sum = vec![0f64; n];
-    for w in members {
-        let mut columns = vec![0f64; n];
-        for row in w.chunks_exact(n) {
-            columns.iter_mut().zip(row).for_each(|(sum, &w)| *sum += w as f64 * w as f64);
+        let global = GlobalScale::from_amax(largest);
+        let mut sum = 0.0;
+        for (w, outputs) in self.members.iter().zip(outputs) {
+            let codes = solver.round_max(&solver.divided(w, factors)?, global)?;
+            let rounded = solver.dequantize(&codes, n, global)?;
+            sum += solver.relative_error(&solver.outputs(&inputs, &rounded)?, outputs)?;
         }
-        let total: f64 = columns.iter().sum();
-        sum.iter_mut().zip(&columns).for_each(|(sum, column)| *sum += column / total);
+        Ok(sum)
     }
-    sum.iter().map(|&sum| sum.sqrt() as f32).collect()
-}
-
-fn column_amax(members: &[Vec<f32>], n: usize) -> Vec<f32> {
-    let mut largest = vec![0f32; n];
-    for row in members.iter().flat_map(|w| w.chunks_exact(n)) {
-        largest.iter_mut().zip(row).for_each(|(max, w)| *max = max.max(w.abs()));
-    }
-    largest
 }
 
 fn smallest_positive(values: &[f32]) -> f32 {
@@ -181,8 +146,13 @@ fn smallest_positive(values: &[f32]) -> f32 {
 
 #[cfg(test)]
 mod tests {
-    use super::super::dense::tests::noise;
     use super::*;
+    use crate::backend::Compute;
+    use crate::backend::cpu::{Cpu, Matrix, noise};
+
+    fn cpu() -> Cpu {
+        Cpu::new(Compute::F32, 2).unwrap()
+    }
 
     fn outliers(rows: usize, n: usize) -> Vec<f32> {
         let mut x = noise(rows * n, 1);
@@ -198,11 +168,12 @@ mod tests {
 
     /// A site without ties whose inputs are quantized.
     fn choice<'a>(
-        members: &'a [Vec<f32>],
+        solver: &'a Cpu,
+        members: &'a [Matrix],
         (amax, squares): &'a (Vec<f32>, Vec<f32>),
-        sample: &'a [f32],
-    ) -> Choice<'a> {
-        Choice { members, amax, squares, sample, tie: None, quantized_inputs: true }
+        sample: &'a Matrix,
+    ) -> Choice<'a, Cpu> {
+        Choice { solver, members, amax, squares, sample, tie: None, quantized_inputs: true }
     }
 
     #[test]
@@ -210,9 +181,11 @@ mod tests {
         let n = 64;
         let x = outliers(100, n);
         let moments = moments(&x, n);
-        let members = [noise(48 * n, 2), noise(32 * n, 3)];
-        let choice = choice(&members, &moments, &x);
-        let best = choice.best(|f| f);
+        let cpu = cpu();
+        let members = [cpu.matrix(noise(48 * n, 2), n).unwrap(), cpu.matrix(noise(32 * n, 3), n).unwrap()];
+        let x = cpu.matrix(x, n).unwrap();
+        let choice = choice(&cpu, &members, &moments, &x);
+        let best = choice.best(|f| f).unwrap();
         assert!(best.gain < 0.8, "{best:?}");
         assert!(best.factors[5] < 0.5 && best.factors[5] < best.factors[n - 2], "{:?}", best.factors);
     }
@@ -222,9 +195,11 @@ mod tests {
         let n = 64;
         let x = outliers(100, n);
         let moments = moments(&x, n);
-        let members = [noise(48 * n, 2)];
-        let choice = Choice { tie: Some((2, 16)), ..choice(&members, &moments, &x) };
-        for (_, factors) in choice.candidates() {
+        let cpu = cpu();
+        let members = [cpu.matrix(noise(48 * n, 2), n).unwrap()];
+        let x = cpu.matrix(x, n).unwrap();
+        let choice = Choice { tie: Some((2, 16)), ..choice(&cpu, &members, &moments, &x) };
+        for (_, factors) in choice.candidates().unwrap() {
             for i in 0..16 {
                 assert_eq!(factors[i], factors[16 + i]);
                 assert_eq!(factors[32 + i], factors[48 + i]);
@@ -240,9 +215,11 @@ mod tests {
         let moments = moments(&x, n);
         let mut w = noise(16 * n, 5);
         w.chunks_exact_mut(n).for_each(|row| row[9] = 0.0);
-        let members = [w];
-        let choice = choice(&members, &moments, &x);
-        for (name, factors) in choice.candidates() {
+        let cpu = cpu();
+        let members = [cpu.matrix(w, n).unwrap()];
+        let x = cpu.matrix(x, n).unwrap();
+        let choice = choice(&cpu, &members, &moments, &x);
+        for (name, factors) in choice.candidates().unwrap() {
             assert!(factors.iter().all(|f| (1.0 / LIMIT..=LIMIT).contains(f)), "{name}: {factors:?}");
         }
     }
@@ -250,8 +227,10 @@ mod tests {
     #[test]
     fn without_a_gain_nothing_is_folded() {
         let n = 32;
-        let (members, moments) = ([vec![1.0; 16 * n]], (vec![1.0; n], vec![1.0; n]));
-        let best = choice(&members, &moments, &vec![1.0; 8 * n]).best(|f| f);
+        let (cpu, moments) = (cpu(), (vec![1.0; n], vec![1.0; n]));
+        let members = [cpu.matrix(vec![1.0; 16 * n], n).unwrap()];
+        let x = cpu.matrix(vec![1.0; 8 * n], n).unwrap();
+        let best = choice(&cpu, &members, &moments, &x).best(|f| f).unwrap();
         assert_eq!((best.candidate.as_str(), best.factors), ("none", vec![1.0; n]));
     }
 }

@@ -17,11 +17,13 @@ pub mod e2m1;
 pub mod e4m3;
 mod error;
 mod global;
+mod quantized;
 mod search;
 
 pub use block::{Element, amax, dequantize, first_non_finite, quantize};
 pub use error::Distance;
 pub use global::GlobalScale;
+pub use quantized::QuantizedLinear;
 pub use search::{best_scale, quantize_searched};
 
 /// Consecutive input features that share a block scale.

@@ -9,17 +9,17 @@ use super::job::Job;
 use super::journal::{Chosen, GroupRecord, PartId};
 use super::messages::Outbox;
 use super::placer::{Placer, ToPlace};
-use crate::backend::Backend;
+use crate::backend::Solver;
 use crate::checkpoint::{OutputFiles, narrow, stored, widen};
 use crate::error::{Error, Result};
 use crate::methods::layer::{Folds, Layer, QuantizedGroup};
-use crate::methods::{QuantizedLinear, SiteStatistics, quantize_linear, weight_amax};
+use crate::methods::{SiteStatistics, quantize_linear, weight_amax};
 use crate::model::{LayerWeights, Site};
-use crate::nvfp4::GlobalScale;
+use crate::nvfp4::{GlobalScale, QuantizedLinear};
 use crate::report::Phases;
 
 /// A part whose statistics are complete.
-pub enum Finished<B: Backend> {
+pub enum Finished<B: Solver> {
     /// A part that has nothing to quantize.
     Copied(PartId),
     /// A decoder layer.
@@ -29,25 +29,25 @@ pub enum Finished<B: Backend> {
         /// Its weights.
         weights: LayerWeights<B::Tensor>,
         /// What is known of its inputs.
-        inputs: Inputs,
+        inputs: Inputs<B::Matrix>,
     },
 }
 
 /// What is known of a layer's inputs.
-pub enum Inputs {
+pub enum Inputs<M> {
     /// Nothing: neither scheme nor method asks.
     None,
     /// `max |x|` by site.
     Maxima(Vec<f32>),
-    /// Everything that methods other than max need, by site.
-    Statistics(Box<[SiteStatistics; 4]>),
+    /// Everything that methods other than max need, by site. The sender is dropped when the layer is done with.
+    Statistics(Box<[SiteStatistics<M>; 4]>, Sender<()>),
 }
 
 /// Tensors that may wait for the disk.
 const WAITING: usize = 2;
 
 /// Quantizes the parts that this rank owns.
-pub struct Finisher<'a, B: Backend> {
+pub struct Finisher<'a, B: Solver> {
     backend: &'a B,
     job: &'a Job,
     /// To the thread that places tensors.
@@ -63,7 +63,7 @@ pub struct Finisher<'a, B: Backend> {
 ///
 /// # Errors
 /// Exit code 5: a maximum that is zero, NaN or infinite, a disk that fails.
-pub fn finish<B: Backend>(
+pub fn finish<B: Solver>(
     backend: &B,
     job: &Job,
     files: Option<&OutputFiles>,
@@ -85,7 +85,7 @@ pub fn finish<B: Backend>(
     })
 }
 
-impl<B: Backend> Finisher<'_, B> {
+impl<B: Solver> Finisher<'_, B> {
     fn run(&mut self, parts: &Receiver<Finished<B>>) -> Result<()> {
         for part in parts {
             match part {
@@ -93,7 +93,7 @@ impl<B: Backend> Finisher<'_, B> {
                 Finished::Layer { layer, weights, inputs } => match inputs {
                     Inputs::None => self.max(layer, &weights, None)?,
                     Inputs::Maxima(maxima) => self.max(layer, &weights, Some(&maxima))?,
-                    Inputs::Statistics(statistics) => self.chosen(layer, &weights, *statistics)?,
+                    Inputs::Statistics(statistics, _solving) => self.chosen(layer, &weights, *statistics)?,
                 },
             }
         }
@@ -160,7 +160,7 @@ impl<B: Backend> Finisher<'_, B> {
         &mut self,
         layer: usize,
         weights: &LayerWeights<B::Tensor>,
-        mut statistics: [SiteStatistics; 4],
+        mut statistics: [SiteStatistics<B::Matrix>; 4],
     ) -> Result<()> {
         let (part, job, started) = (PartId::Layer(layer), self.job, Instant::now());
         let quantized = &job.inventory.layers[layer].quantized;
@@ -176,9 +176,10 @@ impl<B: Backend> Finisher<'_, B> {
         let [before_attention, before_mlp] = norms;
         let norms = [before_attention?, before_mlp?];
         let read = |site: Site| {
-            weights.linears[site as usize].iter().map(|l| self.backend.values(&l.weight)).collect()
+            weights.linears[site as usize].iter().map(|l| self.backend.widen(&l.weight)).collect()
         };
         let described = Layer {
+            solver: self.backend,
             quantized: Site::ALL.map(|site| quantized.iter().any(|group| group.site == site)),
             weights: &read,
             norms: [widen(&norms[0])?, widen(&norms[1])?],

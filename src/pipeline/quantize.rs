@@ -10,7 +10,7 @@ use super::placing::{Placed, SCRATCH, place};
 use super::root::Root;
 use super::stage::Stage;
 use super::survey::{PlanOptions, Survey, survey};
-use crate::backend::{Backend, OnBackend};
+use crate::backend::{OnBackend, Solver};
 use crate::calibration::{CalibOptions, Calibration, Sampling};
 use crate::checkpoint::{Existing, OutputDir, OutputFiles, copy_side_files, quantization_files};
 use crate::cluster::Cluster;
@@ -229,7 +229,7 @@ struct Walk<'a, 'r> {
 impl OnBackend for Walk<'_, '_> {
     type Output = Result<Phases>;
 
-    fn run<B: Backend>(self, backend: &B) -> Result<Phases> {
+    fn run<B: Solver>(self, backend: &B) -> Result<Phases> {
         let Walk { cluster, job, slice, mode, group, next, files, mut root } = self;
         cluster.work(
             |to_main, incoming| {

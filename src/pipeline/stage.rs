@@ -13,7 +13,7 @@ use super::job::Job;
 use super::journal::PartId;
 use super::messages::{Hidden, Outbox};
 use super::walk::Walk;
-use crate::backend::Backend;
+use crate::backend::Solver;
 use crate::checkpoint::OutputFiles;
 use crate::cluster::Frame;
 use crate::error::{Error, Result};
@@ -22,7 +22,7 @@ use crate::planner::Mode;
 use crate::report::Phases;
 
 /// A rank's share of the job.
-pub struct Stage<'a, B: Backend> {
+pub struct Stage<'a, B: Solver> {
     /// Where arithmetic happens.
     pub backend: &'a B,
     /// What every rank knows.
@@ -39,7 +39,7 @@ pub struct Stage<'a, B: Backend> {
     pub outbox: Outbox,
 }
 
-impl<B: Backend> Stage<'_, B> {
+impl<B: Solver> Stage<'_, B> {
     /// Runs the slice to its end, writing to `files` where this rank sees the output, and says where the time
     /// went.
     pub fn run(self, files: Option<&OutputFiles>) -> Result<Phases> {
@@ -166,6 +166,6 @@ impl<B: Backend> Stage<'_, B> {
     }
 }
 
-pub(super) fn send<B: Backend>(finisher: &Sender<Finished<B>>, part: Finished<B>) -> Result<()> {
+pub(super) fn send<B: Solver>(finisher: &Sender<Finished<B>>, part: Finished<B>) -> Result<()> {
     finisher.send(part).map_err(|_| Error::run("the quantizing thread ended early"))
 }

@@ -1,7 +1,7 @@
 //! What methods need to know of a layer's inputs, summed up and sampled while micro-batches pass.
 
 use super::job::Job;
-use crate::backend::Backend;
+use crate::backend::{Channels, Solver};
 use crate::error::Result;
 use crate::methods::SiteStatistics;
 use crate::model::{ModelConfig, Site};
@@ -17,24 +17,24 @@ struct Roles<I> {
 }
 
 /// The roles of all micro-batches.
-pub struct Gathering<'a, B: Backend> {
+pub struct Gathering<'a, B: Solver> {
     backend: &'a B,
     products: bool,
     roles: Vec<Roles<B::Index>>,
 }
 
 /// The statistics of one layer, in the making.
-pub struct LayerSums<B: Backend> {
+pub struct LayerSums<B: Solver> {
     sites: [SiteSums<B>; 4],
 }
 
-struct SiteSums<B: Backend> {
+struct SiteSums<B: Solver> {
     sums: B::Sums,
     fit: Vec<f32>,
     held_out: Vec<f32>,
 }
 
-impl<'a, B: Backend> Gathering<'a, B> {
+impl<'a, B: Solver> Gathering<'a, B> {
     /// Finds the roles of every micro-batch's tokens.
     pub fn new(backend: &'a B, job: &Job) -> Result<Gathering<'a, B>> {
         let mut first = 0;
@@ -105,19 +105,16 @@ impl<'a, B: Backend> Gathering<'a, B> {
     }
 
     /// Reads the finished statistics of a layer.
-    pub fn finish(&self, layer: LayerSums<B>) -> Result<[SiteStatistics; 4]> {
-        let mut out = [const { None }; 4];
-        for (out, site) in out.iter_mut().zip(layer.sites) {
-            let sums = self.backend.read_sums(&site.sums)?;
-            *out = Some(SiteStatistics {
-                amax: sums.amax,
-                squares: sums.squares,
-                products: sums.products,
-                fit: site.fit,
-                held_out: site.held_out,
-            });
-        }
-        Ok(out.map(Option::unwrap_or_default))
+    pub fn finish(&self, layer: LayerSums<B>) -> Result<[SiteStatistics<B::Matrix>; 4]> {
+        let site = |site: SiteSums<B>| -> Result<SiteStatistics<B::Matrix>> {
+            let Channels { amax, squares } = self.backend.read_channels(&site.sums)?;
+            let rows = |values: Vec<f32>| self.backend.matrix(values, amax.len());
+            let fit = rows(site.fit)?;
+            let held_out = if site.held_out.is_empty() { None } else { Some(rows(site.held_out)?) };
+            Ok(SiteStatistics { products: self.backend.products(site.sums)?, fit, held_out, amax, squares })
+        };
+        let [a, b, c, d] = layer.sites;
+        Ok([site(a)?, site(b)?, site(c)?, site(d)?])
     }
 
     /// Some rows of `x`, in their order.

@@ -10,13 +10,13 @@ use super::journal::PartId;
 use super::messages::Event;
 use super::stage::{Stage, send};
 use super::statistics::{Gathering, LayerSums};
-use crate::backend::Backend;
+use crate::backend::{Backend, Solver};
 use crate::error::{Error, Result};
 use crate::model::{Batch, Decoder, LayerWeights, Site};
 use crate::planner::Mode;
 
 /// What all passes over a slice share.
-pub struct Walk<'a, B: Backend> {
+pub struct Walk<'a, B: Solver> {
     stage: &'a Stage<'a, B>,
     layers: Range<usize>,
     decoder: Decoder<'a, B>,
@@ -29,7 +29,7 @@ pub struct Walk<'a, B: Backend> {
 type Loaded<B> = Receiver<Result<LayerWeights<<B as Backend>::Tensor>>>;
 
 /// What a pass does besides computing.
-trait Pass<B: Backend> {
+trait Pass<B: Solver> {
     /// Takes a site's input.
     fn observe(&mut self, layer: usize, micro_batch: usize, site: Site, x: &B::Tensor) -> Result<()>;
     /// Takes a hidden state behind the last layer.
@@ -38,7 +38,7 @@ trait Pass<B: Backend> {
     fn complete(&mut self, layer: usize, weights: LayerWeights<B::Tensor>) -> Result<()>;
 }
 
-impl<'a, B: Backend> Walk<'a, B> {
+impl<'a, B: Solver> Walk<'a, B> {
     pub fn new(stage: &'a Stage<'a, B>, layers: Range<usize>) -> Result<Walk<'a, B>> {
         let job = stage.job;
         let table = job.model.rope.table(&job.lengths);
@@ -168,14 +168,14 @@ impl<'a, B: Backend> Walk<'a, B> {
 type Fill<'f, B> = &'f mut dyn FnMut(usize, &[Batch<B>], &mut [<B as Backend>::Tensor]) -> Result<()>;
 
 /// Maximum by site; layers are finished as they come.
-struct Maxima<'a, B: Backend> {
+struct Maxima<'a, B: Solver> {
     walk: &'a Walk<'a, B>,
     amax: B::Amax,
     passes_on: bool,
     finisher: &'a Sender<Finished<B>>,
 }
 
-impl<B: Backend> Pass<B> for Maxima<'_, B> {
+impl<B: Solver> Pass<B> for Maxima<'_, B> {
     fn observe(&mut self, layer: usize, _: usize, site: Site, x: &B::Tensor) -> Result<()> {
         let slot = (layer - self.walk.layers.start) * Site::ALL.len() + site as usize;
         self.walk.stage.backend.observe(x, &mut self.amax, slot)
@@ -198,11 +198,11 @@ impl<B: Backend> Pass<B> for Maxima<'_, B> {
 }
 
 /// Computes, and nothing else.
-struct Forward<'a, B: Backend> {
+struct Forward<'a, B: Solver> {
     stage: &'a Stage<'a, B>,
 }
 
-impl<B: Backend> Pass<B> for Forward<'_, B> {
+impl<B: Solver> Pass<B> for Forward<'_, B> {
     fn observe(&mut self, _: usize, _: usize, _: Site, _: &B::Tensor) -> Result<()> {
         Ok(())
     }
@@ -217,14 +217,14 @@ impl<B: Backend> Pass<B> for Forward<'_, B> {
 }
 
 /// Full statistics, one layer at a time.
-struct Statistics<'a, B: Backend> {
+struct Statistics<'a, B: Solver> {
     stage: &'a Stage<'a, B>,
     gathering: Gathering<'a, B>,
     sums: Option<LayerSums<B>>,
     finisher: &'a Sender<Finished<B>>,
 }
 
-impl<B: Backend> Pass<B> for Statistics<'_, B> {
+impl<B: Solver> Pass<B> for Statistics<'_, B> {
     fn observe(&mut self, layer: usize, micro_batch: usize, site: Site, x: &B::Tensor) -> Result<()> {
         let job = self.stage.job;
         if job.is_finished(PartId::Layer(layer)) {
@@ -243,7 +243,11 @@ impl<B: Backend> Pass<B> for Statistics<'_, B> {
 
     fn complete(&mut self, layer: usize, weights: LayerWeights<B::Tensor>) -> Result<()> {
         let Some(sums) = self.sums.take() else { return Ok(()) };
-        let inputs = Inputs::Statistics(Box::new(self.gathering.finish(sums)?));
-        send(self.finisher, Finished::Layer { layer, weights, inputs })
+        // One layer's statistics at a time: they are larger than its weights.
+        let (solving, solved) = bounded(0);
+        let inputs = Inputs::Statistics(Box::new(self.gathering.finish(sums)?), solving);
+        send(self.finisher, Finished::Layer { layer, weights, inputs })?;
+        let _ = solved.recv();
+        Ok(())
     }
 }

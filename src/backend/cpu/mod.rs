@@ -4,6 +4,7 @@ mod attention;
 mod elementwise;
 pub mod gemm;
 mod shared;
+mod solver;
 mod sums;
 mod tensor;
 
@@ -14,10 +15,14 @@ use rayon::prelude::*;
 use attention::Attend;
 pub(crate) use elementwise::exp;
 use shared::Disjoint;
+#[cfg(test)]
+pub(crate) use solver::noise;
+pub use solver::{Factor, Matrix};
+pub use sums::Sums;
 use tensor::Scalar;
 pub use tensor::{Tensor, View};
 
-use super::{Backend, Compute, Heads, Sums};
+use super::{Backend, Channels, Compute, Heads};
 use crate::checkpoint::SourceTensor;
 use crate::error::{Error, Result};
 use crate::nvfp4::activation::quantize_dequantize;
@@ -345,8 +350,8 @@ impl Backend for Cpu {
         Ok(())
     }
 
-    fn read_sums(&self, sums: &Sums) -> Result<Sums> {
-        Ok(sums.clone())
+    fn read_channels(&self, sums: &Sums) -> Result<Channels> {
+        Ok(Channels { amax: sums.amax.clone(), squares: sums.squares.clone() })
     }
 
     fn values(&self, x: &Tensor) -> Result<Vec<f32>> {

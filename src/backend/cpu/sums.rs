@@ -5,10 +5,19 @@ use rayon::prelude::*;
 use super::gemm::Product;
 use super::shared::Disjoint;
 use super::tensor::{Scalar, Tensor, View};
-use crate::backend::Sums;
 
 /// Channels that one task takes.
 const CHANNELS: usize = 64;
+
+/// Running sums.
+pub struct Sums {
+    /// `max |x|` of each channel.
+    pub amax: Vec<f32>,
+    /// `Σ x²` of each channel.
+    pub squares: Vec<f32>,
+    /// `Σ xᵀ·x`, or nothing.
+    pub products: Vec<f32>,
+}
 
 /// Nothing seen yet.
 pub fn empty(cols: usize, products: bool) -> Sums {

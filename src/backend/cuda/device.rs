@@ -2,13 +2,14 @@
 
 use std::collections::HashMap;
 use std::ffi::c_void;
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, Mutex, OnceLock};
 
 use cudarc::cublas::{CudaBlas, result as cublas, sys as cublas_sys};
 use cudarc::driver::{CudaContext, CudaFunction, CudaSlice, CudaStream, DevicePtr, DriverError, sys};
 
 use super::Tensor;
 use super::kernels::{self, Kernels};
+use super::solver::Solving;
 use super::staging::Staging;
 use crate::backend::Compute;
 use crate::error::{Error, Result};
@@ -29,6 +30,7 @@ pub struct Cuda {
     downloads: Staging,
     pub(super) blas: CudaBlas,
     attention: Mutex<HashMap<usize, CudaFunction>>,
+    pub(super) solving: OnceLock<Solving>,
     name: String,
 }
 
@@ -89,6 +91,7 @@ impl Cuda {
             processors,
             blas,
             attention: Mutex::default(),
+            solving: OnceLock::new(),
             context,
         })
     }

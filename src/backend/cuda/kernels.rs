@@ -12,6 +12,7 @@ use crate::error::{Error, Result};
 const COMMON: &str = include_str!("../../../kernels/common.cuh");
 const ELEMENTWISE: &str = include_str!("../../../kernels/elementwise.cu");
 const NVFP4: &str = include_str!("../../../kernels/nvfp4.cu");
+const SOLVER: &str = include_str!("../../../kernels/solver.cu");
 const ATTENTION: &str = include_str!("../../../kernels/attention.cu");
 
 /// The kernels that do not depend on a model.
@@ -51,6 +52,46 @@ impl Kernels {
         })
     }
 }
+
+macro_rules! solver_kernels {
+    ($($name:ident),+ $(,)?) => {
+        /// The kernels that choose codes, on f32 matrices.
+        pub struct SolverKernels {
+            $(pub $name: CudaFunction,)+
+        }
+
+        impl SolverKernels {
+            /// Compiles and loads them.
+            pub fn new(context: &Arc<CudaContext>) -> Result<SolverKernels> {
+                let module = load(context, &[NVFP4, SOLVER], Compute::F32, &[])?;
+                let function = |name: &str| {
+                    module
+                        .load_function(name)
+                        .map_err(|e| Error::run(format!("CUDA: there is no kernel {name}: {e}")))
+                };
+                Ok(SolverKernels { $($name: function(stringify!($name))?,)+ })
+            }
+        }
+    };
+}
+
+solver_kernels!(
+    amax,
+    quantize,
+    quantize_input,
+    widen_bf16,
+    scale,
+    divide,
+    diagonal,
+    columns,
+    distance,
+    dequantize,
+    quantize_searched,
+    damped,
+    cholesky_tile,
+    place,
+    round_panel,
+);
 
 /// The attention kernel for heads of `dim` features.
 pub fn attention(context: &Arc<CudaContext>, compute: Compute, dim: usize) -> Result<CudaFunction> {
@@ -164,6 +205,7 @@ mod tests {
         for compute in [Compute::Bf16, Compute::F32] {
             for architecture in ["80", "86", "89", "90", "100", "120"] {
                 compile(&[ELEMENTWISE, NVFP4], compute, architecture, &[]).unwrap();
+                compile(&[NVFP4, SOLVER], Compute::F32, architecture, &[]).unwrap();
                 for dim in [10, 64, 128, 256] {
                     compile(&[ATTENTION], compute, architecture, &[format!("-DHEAD_DIM={dim}")]).unwrap();
                 }

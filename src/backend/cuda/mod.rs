@@ -5,6 +5,7 @@
 
 mod device;
 mod kernels;
+mod solver;
 mod staging;
 mod sums;
 mod tensor;
@@ -16,11 +17,12 @@ use cudarc::driver::{DevicePtr, LaunchConfig};
 pub use device::{Cuda, available};
 pub use tensor::Tensor;
 
-use super::{Backend, Compute, Heads, Sums};
+use super::{Backend, Channels, Compute, Heads};
 use crate::checkpoint::SourceTensor;
 use crate::error::{Error, Result};
 use crate::nvfp4::{BLOCK, GlobalScale};
 use kernels::launch;
+pub use solver::{Codes, Factor, Matrix};
 pub use sums::DeviceSums;
 
 /// A list of `u32` on the GPU, with a copy here: bounds are read on both sides.
@@ -234,7 +236,7 @@ impl Backend for Cuda {
         sums.add_products(self, x)
     }
 
-    fn read_sums(&self, sums: &DeviceSums) -> Result<Sums> {
+    fn read_channels(&self, sums: &DeviceSums) -> Result<Channels> {
         sums.read(self)
     }
 

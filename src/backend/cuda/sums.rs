@@ -7,7 +7,7 @@ use cudarc::driver::{CudaSlice, DevicePtr, LaunchConfig};
 
 use super::kernels::launch;
 use super::{Cuda, Tensor};
-use crate::backend::{Compute, Sums};
+use crate::backend::{Channels, Compute};
 use crate::error::{Error, Result};
 
 /// Running sums on the GPU.
@@ -84,15 +84,16 @@ impl DeviceSums {
         done.map_err(|e| Error::run(format!("cuBLAS: a product of {n} channels failed: {e}")))
     }
 
-    pub(super) fn read(&self, cuda: &Cuda) -> Result<Sums> {
+    pub(super) fn read(&self, cuda: &Cuda) -> Result<Channels> {
         let failed = |e| cuda.failed("read statistics", e);
         let amax = cuda.stream.clone_dtoh(&self.amax).map_err(failed)?;
         let squares = cuda.stream.clone_dtoh(&self.squares).map_err(failed)?;
-        let products = match &self.products {
-            Some(products) => cuda.stream.clone_dtoh(products).map_err(failed)?,
-            None => vec![],
-        };
         cuda.synchronize()?;
-        Ok(Sums { amax: amax.into_iter().map(f32::from_bits).collect(), squares, products })
+        Ok(Channels { amax: amax.into_iter().map(f32::from_bits).collect(), squares })
+    }
+
+    /// The products `[n, n]` and `n`.
+    pub(super) fn into_products(self) -> Option<(CudaSlice<f32>, usize)> {
+        self.products.map(|products| (products, self.amax.len()))
     }
 }

@@ -3,7 +3,7 @@
 
 use rayon::prelude::*;
 
-use crate::nvfp4::{self, BLOCK, GlobalScale, dequantize, quantize_searched};
+use super::{BLOCK, GlobalScale, dequantize, quantize, quantize_searched};
 
 /// A linear's codes `[rows, cols / 2]` (two a byte) and E4M3 block scales `[rows, cols / 16]`.
 #[derive(Default)]
@@ -17,7 +17,7 @@ pub struct QuantizedLinear {
 impl QuantizedLinear {
     /// Rows of `cols` elements with max scales.
     pub fn max(w: &[f32], cols: usize, global: GlobalScale) -> QuantizedLinear {
-        QuantizedLinear::by_rows(w, cols, |w, codes, scales| nvfp4::quantize(w, global, codes, scales))
+        QuantizedLinear::by_rows(w, cols, |w, codes, scales| quantize(w, global, codes, scales))
     }
 
     /// Rows of `importance.len()` elements with searched scales.
