@@ -40,7 +40,7 @@ def main() -> None:
     results: dict[str, list[tuple[float, float]]] = {"distq": [], "modelopt": [], "imports": []}
     with tempfile.TemporaryDirectory(dir=CACHE) as scratch:
         for run in range(args.runs + 1):
-            ours = [DISTQ, "quantize", SMOLLM2, f"{scratch}/distq", "--calib", calib, "--calib-min-tokens", "1"]
+            ours = [DISTQ, "quantize", SMOLLM2, f"{scratch}/distq", "--method", "max", "--calib", calib, "--calib-min-tokens", "1"]
             commands = {
                 "distq": [*ours, "--layout", "modelopt", "--overwrite", "--quiet"],
                 "modelopt": [python, script, SMOLLM2, calib, f"{scratch}/modelopt{run}"],

@@ -34,7 +34,7 @@ def make_all(python: str, number: int) -> dict[str, Path]:
     """Every program's output for calibration set `number`."""
     calib, outputs = calibration(number), CACHE / f"peers-output/{number}"
     outputs.mkdir(parents=True, exist_ok=True)
-    quantize = [DISTQ, "quantize", SMOLLM2, "--calib", calib, "--calib-min-tokens", "1", "--overwrite", "--quiet"]
+    quantize = [DISTQ, "quantize", SMOLLM2, "--method", "max", "--calib", calib, "--calib-min-tokens", "1", "--overwrite", "--quiet"]
     for layout in ("compressed-tensors", "modelopt"):
         subprocess.run([*quantize, outputs / f"distq-{layout}", "--layout", layout], check=True)
     run = lambda script, *arguments: [python, SCRIPTS / script, *arguments]

@@ -19,7 +19,7 @@ fn main() -> ExitCode {
             return ExitCode::from(error.exit_code() as u8);
         }
     };
-    let cluster = match Cluster::start() {
+    let cluster = match Cluster::start(cli.silence()) {
         Ok(cluster) => cluster,
         Err(error) => {
             let _ = writeln!(std::io::stderr(), "distq: {error}");

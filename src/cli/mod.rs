@@ -6,6 +6,8 @@ mod plan;
 mod quantize;
 mod verify;
 
+use std::time::Duration;
+
 use clap::{Parser, Subcommand};
 
 use distq::cluster::Cluster;
@@ -25,6 +27,9 @@ pub struct Cli {
     /// Print nothing but errors and results that were asked for.
     #[arg(short, long, global = true)]
     quiet: bool,
+    /// End the job when a rank has not been heard of for this long while ranks work together.
+    #[arg(long, global = true, default_value_t = 120, value_name = "SECONDS", value_parser = clap::value_parser!(u64).range(1..))]
+    link_timeout: u64,
 }
 
 #[derive(Subcommand)]
@@ -42,6 +47,11 @@ enum Command {
 }
 
 impl Cli {
+    /// How long a rank may be silent.
+    pub fn silence(&self) -> Duration {
+        Duration::from_secs(self.link_timeout)
+    }
+
     /// The log level that the flags ask for.
     pub fn level(&self) -> tracing::Level {
         match (self.quiet, self.verbose) {

@@ -23,7 +23,7 @@ pub struct PlanArgs {
     #[arg(long, default_value = "nvfp4")]
     pub scheme: Scheme,
     /// How codes and scales are chosen: best, or pieces joined by +: [smooth+] max, sweep, wsweep, gptq, gptq+guard.
-    #[arg(long, default_value = "max", value_name = "NAME")]
+    #[arg(long, default_value = "best", value_name = "NAME")]
     pub method: Method,
     /// Leave these modules in their dtype: full names with `*` for any part, or re:EXPRESSION. Repeatable.
     #[arg(long, value_name = "PATTERN")]

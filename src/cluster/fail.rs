@@ -48,7 +48,7 @@ pub(super) fn install_panic_hook(cluster: &Cluster) {
     }));
 }
 
-fn say(text: &str) {
+pub(super) fn say(text: &str) {
     let mut stderr = std::io::stderr().lock();
     let _ = writeln!(stderr, "distq: {text}");
     let _ = stderr.flush();

@@ -9,6 +9,7 @@ mod fail;
 mod launch;
 mod machine;
 mod pump;
+mod signals;
 mod transport;
 mod worker;
 
@@ -30,6 +31,10 @@ pub struct Cluster {
     rank: usize,
     size: usize,
     host: String,
+    /// Every rank's host.
+    hosts: Vec<String>,
+    /// How long a rank may be silent.
+    silence: Duration,
     local_rank: Cell<usize>,
     local_size: Cell<usize>,
     /// Whether every rank knows of the failure that ends the job.
@@ -37,15 +42,17 @@ pub struct Cluster {
 }
 
 impl Cluster {
-    /// Joins the job that the launcher described, or starts one alone.
+    /// Joins the job that the launcher described, or starts one alone. While ranks work together, one that is not
+    /// heard of for as long as `silence` ends the job. So do SIGINT and SIGTERM.
     ///
     /// # Errors
     /// Exit code 5 where the launcher and the MPI library do not belong together.
-    pub fn start() -> Result<Cluster> {
+    pub fn start(silence: Duration) -> Result<Cluster> {
         let host = machine::host_name();
         let Some(launch) = launch() else {
-            let cluster = Cluster::new(None, 0, 1, host);
+            let cluster = Cluster::new(None, 0, 1, host, silence);
             fail::install_panic_hook(&cluster);
+            signals::watch(&cluster)?;
             return Ok(cluster);
         };
         let transport = Transport::start()?;
@@ -58,21 +65,31 @@ impl Cluster {
             ))
             .fix("start it with the mpirun of the MPI it was built with, or build it again with this one's mpicc"));
         }
-        let cluster = Cluster::new(Some(transport), rank, size, host);
+        let mut cluster = Cluster::new(Some(transport), rank, size, host, silence);
         fail::install_panic_hook(&cluster);
         let hosts: Vec<String> = cluster.all_gather(&cluster.host)?;
         let same = |ranks: &[String]| ranks.iter().filter(|host| **host == cluster.host).count();
         cluster.local_rank.set(same(&hosts[..rank]));
         cluster.local_size.set(same(&hosts));
+        cluster.hosts = hosts;
+        signals::watch(&cluster)?;
         Ok(cluster)
     }
 
-    fn new(transport: Option<Transport>, rank: usize, size: usize, host: String) -> Cluster {
+    fn new(
+        transport: Option<Transport>,
+        rank: usize,
+        size: usize,
+        host: String,
+        silence: Duration,
+    ) -> Cluster {
         Cluster {
             transport,
             rank,
             size,
+            hosts: vec![host.clone()],
             host,
+            silence,
             local_rank: Cell::new(0),
             local_size: Cell::new(1),
             agreed: Cell::new(false),

@@ -1,6 +1,7 @@
 //! The main thread's loop while workers compute: messages out, messages in, and an end that every rank
 //! reaches together.
 
+use std::collections::BTreeMap;
 use std::time::{Duration, Instant};
 
 use crossbeam_channel::{Receiver, TryRecvError};
@@ -40,6 +41,11 @@ const PATIENCE: Duration = Duration::from_secs(3);
 const MESSAGE: u8 = 0;
 const DONE: u8 = 1;
 const FAIL: u8 = 2;
+/// A sign of life.
+const BEAT: u8 = 3;
+
+/// Signs of life in the time after which a rank counts as silent.
+const BEATS: u32 = 6;
 
 impl Cluster {
     /// Sends what `outgoing` yields and hands received messages to `take`, until every rank's channel is
@@ -52,10 +58,11 @@ impl Cluster {
         outgoing: &Receiver<Outgoing>,
         take: &mut dyn FnMut(Tag, usize, Frame) -> Result<Pumped>,
     ) -> Result<()> {
-        let mut state = Pump { cluster: self, take, waiting: [None, None], done: 0, said_done: false };
+        let mut state = Pump::new(self, take);
         let mut idle = Idle::new();
         loop {
             let mut moved = false;
+            state.stay_alive()?;
             let in_flight = self.transport.as_ref().map_or(0, |transport| transport.progress());
             if in_flight < IN_FLIGHT {
                 match outgoing.try_recv() {
@@ -91,13 +98,59 @@ struct Pump<'a> {
     /// Ranks that rank 0 has heard the end of.
     done: usize,
     said_done: bool,
+    /// When each rank that this one talks with was last heard.
+    heard: BTreeMap<usize, Instant>,
+    /// When this rank last gave signs of life.
+    beat: Instant,
+    /// When this rank last looked.
+    looked: Instant,
 }
 
-impl Pump<'_> {
+impl<'a> Pump<'a> {
+    fn new(cluster: &'a Cluster, take: &'a mut dyn FnMut(Tag, usize, Frame) -> Result<Pumped>) -> Pump<'a> {
+        let now = Instant::now();
+        let peers = if cluster.is_root() { 1..cluster.size } else { 0..1 };
+        let heard = peers.map(|peer| (peer, now)).collect();
+        let (waiting, done, said_done) = ([None, None], 0, false);
+        Pump { cluster, take, waiting, done, said_done, heard, beat: now, looked: now }
+    }
+
+    /// Tells those that this rank talks with that it is there, and finds out who is not. Every rank's main thread
+    /// is here all the time, however long its worker computes, so silence means a host or a link that is gone.
+    fn stay_alive(&mut self) -> Result<()> {
+        let Some(transport) = &self.cluster.transport else { return Ok(()) };
+        let (now, silence) = (Instant::now(), self.cluster.silence);
+        if now - self.looked > silence / BEATS {
+            // This rank was held up itself (a disk, a stopped process): what others sent is still to be read.
+            self.heard.values_mut().for_each(|heard| *heard = now);
+        }
+        self.looked = now;
+        if now - self.beat < silence / BEATS {
+            return Ok(());
+        }
+        self.beat = now;
+        for (&peer, heard) in &self.heard {
+            transport.send(peer, Tag::Root, Frame { head: vec![BEAT], body: vec![] });
+            if now - *heard > silence {
+                let host = &self.cluster.hosts[peer];
+                let error = Error::run(format!(
+                    "rank {peer} ({host}) has been silent for {} s",
+                    silence.as_secs()
+                ))
+                .fix(
+                    "check that host and the network to it, then use --resume; --link-timeout sets the time",
+                );
+                return Err(self.fail(error));
+            }
+        }
+        Ok(())
+    }
+
     fn send(&mut self, peer: usize, tag: Tag, kind: u8, mut frame: Frame) -> Result<()> {
         frame.head.insert(0, kind);
         match &self.cluster.transport {
             Some(transport) if peer != self.cluster.rank => {
+                self.heard.entry(peer).or_insert_with(Instant::now);
                 transport.send(peer, tag, frame);
                 Ok(())
             }
@@ -117,7 +170,11 @@ impl Pump<'_> {
     }
 
     fn accept(&mut self, tag: Tag, peer: usize, mut frame: Frame, slot: usize) -> Result<bool> {
+        if peer != self.cluster.rank {
+            self.heard.insert(peer, Instant::now());
+        }
         match frame.head.remove(0) {
+            BEAT => {}
             DONE => self.done += 1,
             FAIL => {
                 let (code, text): (i32, String) = serde_json::from_slice(&frame.body)

@@ -129,8 +129,8 @@ impl Inventory {
     }
 }
 
-/// Bytes of the statistics of two layers (one being gathered, one at work) and a copy, and of the largest site's
-/// factor, f32 weights (as they are, folded, and back from their codes) and sampled outputs.
+/// Bytes of a layer's statistics, and of the largest site's factor, f32 weights (as they are, folded, and back from
+/// their codes) and sampled outputs.
 fn statistics(model: &ModelConfig, method: Method) -> u64 {
     let sizes = model.groups(0).into_iter().map(|group| {
         let (n, rows) =
@@ -139,7 +139,7 @@ fn statistics(model: &ModelConfig, method: Method) -> u64 {
     });
     let sums: usize = sizes.clone().map(|(products, _, sampled)| products + sampled).sum();
     let solving = sizes.map(|(products, weights, sampled)| products + 3 * weights + 3 * sampled).max();
-    4 * (3 * sums + solving.unwrap_or(0)) as u64
+    4 * (sums + solving.unwrap_or(0)) as u64
 }
 
 struct Builder<'a> {

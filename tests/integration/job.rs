@@ -42,14 +42,14 @@ fn a_run_that_died_is_resumed_to_the_same_bytes() {
 #[test]
 fn parts_damaged_after_they_were_finished_are_made_again() {
     let scene = Scene::new();
-    scene.quantize("expected").succeed();
+    scene.quantize("expected").args(["--method", "max"]).succeed();
     stop_in_layer(&scene, 5, "max");
     let shard = scene.path("out.partial/model.safetensors");
     let mut bytes = fs::read(&shard).unwrap();
     let middle = bytes.len() / 2;
     bytes[middle..middle + 1000].fill(0xAB);
     fs::write(&shard, bytes).unwrap();
-    scene.quantize("out").args(["--resume"]).succeed();
+    scene.quantize("out").args(["--method", "max", "--resume"]).succeed();
     assert_eq!(digests(&scene.path("out")), digests(&scene.path("expected")));
 }
 
@@ -142,7 +142,7 @@ fn inspect_tells_source_from_output() {
 #[test]
 fn verify_finds_a_changed_byte() {
     let scene = Scene::new();
-    scene.quantize("out").succeed();
+    scene.quantize("out").args(["--method", "max"]).succeed();
     let verify =
         || Distq::new(&["verify"]).arg(scene.path("out")).arg("--source").arg(scene.model()).args(["--json"]);
     assert_eq!(verify().succeed().json()["summary"]["errors"], 0);

@@ -2,6 +2,7 @@
 
 mod bad_input;
 mod families;
+mod faults;
 mod job;
 mod methods;
 mod ranks;

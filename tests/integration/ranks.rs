@@ -60,9 +60,9 @@ fn stages_that_stand_in_another_order_than_ranks_give_the_same_files() {
     // Several groups of micro-batches, so that keeping weights is worth it.
     let calib = std::fs::read_to_string(scene.calib()).unwrap();
     std::fs::write(scene.calib(), calib.repeat(8)).unwrap();
-    scene.quantize("alone").succeed();
+    scene.quantize("alone").args(["--method", "max"]).succeed();
     let report = scene.path("report.json");
-    let memory = ["--memory-per-rank", "66MiB,1GiB,1GiB", "--report"];
+    let memory = ["--method", "max", "--memory-per-rank", "66MiB,1GiB,1GiB", "--report"];
     scene.quantize("three").args(memory).arg(&report).ranks(3).succeed();
     assert_eq!(digests(&scene.path("three")), digests(&scene.path("alone")));
     let report: serde_json::Value = serde_json::from_slice(&std::fs::read(&report).unwrap()).unwrap();
@@ -81,6 +81,8 @@ fn weight_only_output_is_the_same_on_any_ranks_and_needs_no_data() {
         Distq::new(&["quantize"]).arg(model).arg(out).args([
             "--scheme",
             "nvfp4a16",
+            "--method",
+            "max",
             "--calib",
             "no/such/file.jsonl",
         ])
@@ -143,6 +145,8 @@ fn the_output_is_what_other_programs_made_of_the_same_source() {
     let run = Distq::new(&["quantize"]).arg(&source).arg(&out).args([
         "--layout",
         "modelopt",
+        "--method",
+        "max",
         "--calib-min-tokens",
         "1",
     ]);

@@ -36,6 +36,7 @@ fn run_recorded(model: &Path, documents: usize) -> Value {
     fs::write(&calib, lines).unwrap();
     let run =
         Distq::new(&["quantize"]).arg(model).arg(dir.path().join("out")).args(["--calib-min-tokens", "1"]);
+    let run = run.args(["--method", "max"]);
     run.arg("--calib").arg(&calib).arg("--report").arg(&report).succeed();
     serde_json::from_slice(&fs::read(&report).unwrap()).unwrap()
 }
@@ -114,9 +115,9 @@ fn input_maxima_in_f32_are_those_of_transformers() {
 fn the_same_files_for_any_number_of_ranks() {
     let dir = tempfile::tempdir().unwrap();
     let few = ["--calib-samples", "4", "--calib-min-tokens", "1", "--calib-max-tokens", "96"];
-    for layout in ["compressed-tensors", "modelopt"] {
-        let run =
-            |name: &str| quantize(&dir.path().join(name)).args(few).args(["--layout", layout, "--overwrite"]);
+    for (layout, method) in [("compressed-tensors", "best"), ("modelopt", "max")] {
+        let how = ["--layout", layout, "--method", method, "--overwrite"];
+        let run = |name: &str| quantize(&dir.path().join(name)).args(few).args(how);
         run("alone").succeed();
         let expected = digests(&dir.path().join("alone"));
         for ranks in [1, 2, 3, 5] {

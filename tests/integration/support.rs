@@ -176,6 +176,11 @@ impl Distq {
 
     /// Runs it.
     pub fn run(&self) -> Ended {
+        self.start().wait()
+    }
+
+    /// Starts it.
+    pub fn start(&self) -> Running {
         let binary = env!("CARGO_BIN_EXE_distq");
         let mut command = match self.ranks {
             None => Command::new(binary),
@@ -192,23 +197,15 @@ impl Distq {
         command.env("OMPI_MCA_orte_tmpdir_base", session.path());
         command.args(&self.args).env("OMP_NUM_THREADS", "1").env("RUST_BACKTRACE", "0");
         command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
-        let started = Instant::now();
-        let child = command.spawn().unwrap();
+        let (started, child) = (Instant::now(), command.spawn().unwrap());
         let pid = child.id();
         let (done, waiter) = std::sync::mpsc::channel();
         std::thread::spawn(move || {
             if waiter.recv_timeout(LIMIT).is_err() {
-                let _ = Command::new("kill").args(["-9", &pid.to_string()]).status();
+                signal("-KILL", pid);
             }
         });
-        let output: Output = child.wait_with_output().unwrap();
-        let _ = done.send(());
-        assert!(started.elapsed() < LIMIT, "hung: {:?}", self.args);
-        Ended {
-            code: output.status.code().unwrap_or(-1),
-            stdout: String::from_utf8_lossy(&output.stdout).into_owned(),
-            stderr: String::from_utf8_lossy(&output.stderr).into_owned(),
-        }
+        Running { child, session, started, done, args: self.args.clone() }
     }
 
     /// Runs it and expects success.
@@ -217,6 +214,54 @@ impl Distq {
         assert_eq!(ended.code, 0, "{:?}\n{}{}", self.args, ended.stdout, ended.stderr);
         ended
     }
+}
+
+/// A run that has begun.
+pub struct Running {
+    child: std::process::Child,
+    session: tempfile::TempDir,
+    started: Instant,
+    done: std::sync::mpsc::Sender<()>,
+    args: Vec<std::ffi::OsString>,
+}
+
+impl Running {
+    /// The process that was started: the launcher, or distq itself.
+    pub fn pid(&self) -> u32 {
+        self.child.id()
+    }
+
+    /// The process of a rank: the one that carries its number and this run's session directory.
+    pub fn rank(&self, rank: usize) -> u32 {
+        let has =
+            |environment: &[u8], entry: &str| environment.split(|&b| b == 0).any(|e| e == entry.as_bytes());
+        let session = format!("OMPI_MCA_orte_tmpdir_base={}", self.session.path().display());
+        let processes = fs::read_dir("/proc").unwrap().filter_map(|entry| entry.ok());
+        processes
+            .filter_map(|entry| entry.file_name().to_str()?.parse().ok())
+            .find(|pid: &u32| {
+                let environment = fs::read(format!("/proc/{pid}/environ")).unwrap_or_default();
+                has(&environment, &session) && has(&environment, &format!("OMPI_COMM_WORLD_RANK={rank}"))
+            })
+            .expect("the rank runs")
+    }
+
+    /// Waits for its end.
+    pub fn wait(self) -> Ended {
+        let output: Output = self.child.wait_with_output().unwrap();
+        let _ = self.done.send(());
+        assert!(self.started.elapsed() < LIMIT, "hung: {:?}", self.args);
+        Ended {
+            code: output.status.code().unwrap_or(-1),
+            stdout: String::from_utf8_lossy(&output.stdout).into_owned(),
+            stderr: String::from_utf8_lossy(&output.stderr).into_owned(),
+        }
+    }
+}
+
+/// Sends a signal, such as `-TERM`.
+pub fn signal(name: &str, pid: u32) {
+    let _ = Command::new("kill").args([name, &pid.to_string()]).status();
 }
 
 /// How a run ended.

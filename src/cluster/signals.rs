@@ -1,0 +1,35 @@
+//! SIGINT and SIGTERM (Ctrl-C, a batch system's time limit, preemption) end the whole job at once. What is in
+//! `OUT.partial/` can be resumed at any moment, so there is nothing to tidy up.
+
+use std::time::Duration;
+
+use signal_hook::consts::{SIGINT, SIGTERM};
+use signal_hook::iterator::Signals;
+
+use super::Cluster;
+use super::fail::{abort, say};
+use crate::error::{Error, ExitCode, Result};
+
+/// A launcher passes a signal on to every rank; the others let rank 0 speak.
+const PATIENCE: Duration = Duration::from_secs(2);
+
+/// Ends the job with exit code 5 when a signal asks for it.
+///
+/// # Errors
+/// Exit code 5 where the system refuses a handler.
+pub(super) fn watch(cluster: &Cluster) -> Result<()> {
+    let refused = |e| Error::run(format!("can't listen for signals: {e}"));
+    let mut signals = Signals::new([SIGINT, SIGTERM]).map_err(refused)?;
+    let (is_root, place) = (cluster.is_root(), cluster.place(""));
+    let listen = move || {
+        let Some(signal) = signals.forever().next() else { return };
+        if !is_root {
+            std::thread::sleep(PATIENCE);
+        }
+        let name = if signal == SIGINT { "SIGINT" } else { "SIGTERM" };
+        say(&format!("{place}stopped by {name}; a quantize run goes on where it was with --resume"));
+        abort(ExitCode::Run as i32)
+    };
+    std::thread::Builder::new().name("signals".into()).spawn(listen).map_err(refused)?;
+    Ok(())
+}
