@@ -3,8 +3,8 @@
     python3 bench/faults.py [KILLS]        (default 50)
 
 Each time a random rank gets SIGKILL at a random moment of a run's usual length; OUT must not exist then, and
-`--resume` (with one, two or three ranks in turn) must end with the files of an undisturbed run. Prints a table of the
-phase that was hit, times tried, and outcome.
+`--resume` (with one, two or three ranks in turn) must end with the files of an undisturbed run. Phases that chance hit
+less than five times are then aimed at. Prints a table of the phase that was hit, times tried, and outcome.
 """
 
 import hashlib
@@ -24,6 +24,13 @@ DISTQ = str(ROOT / "target/release/distq")
 ENVIRONMENT = {
     **os.environ, "OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1", "OMP_NUM_THREADS": "1",
 }
+
+
+AFTER = "after publishing"
+PHASES = [
+    "survey, before anything was placed", "walking, no layer finished", "walking, some layers finished",
+    "all parts written, proving",
+]
 
 
 def command(out, ranks, *more):
@@ -53,15 +60,15 @@ def phase(out):
     """What the run was doing, by what it left."""
     partial, journal = Path(f"{out}.partial"), Path(f"{out}.partial/distq-journal.jsonl")
     if out.exists():
-        return "after publishing"
+        return AFTER
     if not partial.exists():
-        return "survey, before anything was placed"
+        return PHASES[0]
     lines = len(journal.read_text().splitlines()) if journal.exists() else 0
     if lines <= 2:
-        return "walking, no layer finished"
+        return PHASES[1]
     if lines < 33:
-        return "walking, some layers finished"
-    return "all parts written, proving"
+        return PHASES[2]
+    return PHASES[3]
 
 
 def quiet(arguments, **options):
@@ -76,19 +83,20 @@ def main(kills):
     usual, wanted = time.monotonic() - started, digests(expected)
     tried, equal = Counter(), Counter()
     dice = random.Random(7)
-    for number in range(kills):
+
+    def kill(number, moment):
+        """One run that is killed when `moment(out, launcher)` returns."""
         out = scratch / "out"
         launcher = subprocess.Popen(
             command(out, 3), env=ENVIRONMENT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        # Evenly over the run, so that short phases are hit as well as long ones: see the table.
-        time.sleep(usual * (number + dice.random()) / kills * 1.02)
+        moment(out, launcher)
         victims = ranks_of(launcher.pid)
         if victims:
             os.kill(dice.choice(victims), signal.SIGKILL)
         launcher.wait(timeout=120)
         hit = phase(out)
         tried[hit] += 1
-        if hit == "after publishing":
+        if hit == AFTER:
             equal[hit] += digests(out) == wanted
         else:
             resume = ["--resume"] if Path(f"{out}.partial/distq-journal.jsonl").exists() else ["--overwrite"]
@@ -96,6 +104,18 @@ def main(kills):
             equal[hit] += done.returncode == 0 and digests(out) == wanted
         shutil.rmtree(out, ignore_errors=True)
         shutil.rmtree(f"{out}.partial", ignore_errors=True)
+
+    for number in range(kills):
+        # Evenly over the run.
+        kill(number, lambda *_: time.sleep(usual * (number + dice.random()) / kills))
+    for wished in PHASES:
+        def reached(out, launcher):
+            while phase(out) != wished and launcher.poll() is None:
+                time.sleep(0.001)
+            time.sleep(dice.random() * 0.02)
+        for number in range(20):
+            if tried[wished] < 5:
+                kill(number, reached)
     shutil.rmtree(scratch)
     print(f"method {METHOD}, usual run {usual:.1f} s\n")
     print("| killed while | times | went on to the same bytes |\n|---|---|---|")

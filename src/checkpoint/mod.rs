@@ -2,6 +2,7 @@
 //! Knows names, dtypes, shapes and bytes, not how numbers are chosen.
 
 mod convert;
+mod guard;
 mod header;
 mod layout;
 mod output;

@@ -10,6 +10,7 @@ use memmap2::{Advice, MmapOptions};
 use safetensors::Dtype;
 use serde_json::{Map, Value};
 
+use super::guard;
 use super::header::read_header;
 use crate::error::{Error, Result};
 
@@ -147,7 +148,8 @@ impl Checkpoint {
                 .fix("check that the file exists and is readable")
         })?;
         let header = read_header(&handle, path)?;
-        self.lengths.push(header.file_bytes);
+        let bytes = header.file_bytes;
+        self.lengths.push(bytes);
         for tensor in header.tensors {
             let entry = Entry {
                 file,
@@ -166,7 +168,9 @@ impl Checkpoint {
                 .fix("remove the file that does not belong to the checkpoint"));
             }
         }
-        self.handles.push(Arc::new(handle));
+        let handle = Arc::new(handle);
+        guard::watch(&handle, path, bytes);
+        self.handles.push(handle);
         Ok(())
     }
 

@@ -39,11 +39,14 @@ pub struct PlanArgs {
     pub device: DeviceChoice,
 }
 
+/// A host whose copy of the model lies elsewhere says so in its environment.
+const MODEL_HERE: &str = "DISTQ_MODEL";
+
 impl PlanArgs {
     /// As the pipeline takes them.
     pub fn options(&self) -> PlanOptions {
         PlanOptions {
-            model: self.model.clone(),
+            model: std::env::var_os(MODEL_HERE).map_or_else(|| self.model.clone(), PathBuf::from),
             layout: self.layout,
             scheme: self.scheme,
             method: self.method,

@@ -96,3 +96,17 @@ fn a_silent_rank_ends_the_job_by_name() {
         resumes(&scene, 3);
     }
 }
+
+#[test]
+fn a_source_that_shrinks_is_named() {
+    let scene = scene();
+    let whole = fs::read(scene.weights()).unwrap();
+    let run = quantize(&scene, "out").start();
+    until_journal_has(1, &scene, &run);
+    fs::File::options().write(true).open(scene.weights()).unwrap().set_len(whole.len() as u64 / 3).unwrap();
+    let ended = run.wait();
+    assert_eq!(ended.code, 5, "{}", ended.stderr);
+    assert!(ended.messages()[0].contains("model.safetensors"), "{}", ended.stderr);
+    fs::write(scene.weights(), whole).unwrap();
+    resumes(&scene, 1);
+}

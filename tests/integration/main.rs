@@ -3,6 +3,7 @@
 mod bad_input;
 mod families;
 mod faults;
+mod hosts;
 mod job;
 mod methods;
 mod ranks;
