@@ -16,7 +16,7 @@ use crate::methods::layer::{Folds, Layer, QuantizedGroup};
 use crate::methods::{SiteStatistics, quantize_linear, weight_amax};
 use crate::model::{LayerWeights, Site};
 use crate::nvfp4::{GlobalScale, QuantizedLinear};
-use crate::report::Phases;
+use crate::report::{Phases, Timeline, Work};
 
 /// A part whose statistics are complete.
 pub enum Finished<B: Solver> {
@@ -54,6 +54,8 @@ pub struct Finisher<'a, B: Solver> {
     places: Sender<ToPlace>,
     /// Memory of tensors that have been placed.
     spare: Receiver<Vec<u8>>,
+    /// Where work is noted.
+    timeline: &'a Timeline,
     /// Seconds spent quantizing.
     seconds: f64,
 }
@@ -68,13 +70,14 @@ pub fn finish<B: Solver>(
     job: &Job,
     files: Option<&OutputFiles>,
     outbox: Outbox,
+    timeline: &Timeline,
     parts: &Receiver<Finished<B>>,
 ) -> Result<Phases> {
     let (places, tensors) = bounded(WAITING);
     let (spare_to, spare) = bounded(2 * WAITING);
     std::thread::scope(|scope| {
         let placing = scope.spawn(move || Placer { files, outbox, spare: spare_to }.run(&tensors));
-        let mut finisher = Finisher { backend, job, places, spare, seconds: 0.0 };
+        let mut finisher = Finisher { backend, job, places, spare, timeline, seconds: 0.0 };
         let finished = finisher.run(parts);
         let quantize = finisher.seconds;
         drop(finisher);
@@ -90,11 +93,17 @@ impl<B: Solver> Finisher<'_, B> {
         for part in parts {
             match part {
                 Finished::Copied(part) => self.copied(part)?,
-                Finished::Layer { layer, weights, inputs } => match inputs {
-                    Inputs::None => self.max(layer, &weights, None)?,
-                    Inputs::Maxima(maxima) => self.max(layer, &weights, Some(&maxima))?,
-                    Inputs::Statistics(statistics, _solving) => self.chosen(layer, &weights, *statistics)?,
-                },
+                Finished::Layer { layer, weights, inputs } => {
+                    let started = Instant::now();
+                    match inputs {
+                        Inputs::None => self.max(layer, &weights, None)?,
+                        Inputs::Maxima(maxima) => self.max(layer, &weights, Some(&maxima))?,
+                        Inputs::Statistics(statistics, _solving) => {
+                            self.chosen(layer, &weights, *statistics)?
+                        }
+                    }
+                    self.timeline.note(Work::Quantize, layer, 0, started);
+                }
             }
         }
         Ok(())

@@ -17,7 +17,7 @@ use crate::cluster::Cluster;
 use crate::error::{Error, Result};
 use crate::model::ModelConfig;
 use crate::planner::Mode;
-use crate::report::{self, Phases, Progress, RankReport, RunReport};
+use crate::report::{self, Phases, Progress, RankReport, RunReport, Timeline};
 use crate::verify;
 
 /// What `distq quantize` was asked to do.
@@ -101,12 +101,16 @@ pub fn quantize(cluster: &Cluster, options: &Options) -> Result<()> {
     });
     let stage = plan.stage(cluster.rank());
     let next = plan.stages.get(plan.position(cluster.rank()) + 1).map(|stage| stage.rank);
+    // All ranks begin together, so that their timelines can be laid side by side.
+    cluster.barrier()?;
+    let timeline = Timeline::begin();
     let phases = device.run(Walk {
         cluster,
         job: &job,
         slice: stage.layers.clone(),
         mode: stage.mode,
         group: stage.group,
+        timeline: &timeline,
         next,
         files: files.as_ref(),
         root: ear.as_mut().map(|(_, root)| root),
@@ -118,7 +122,14 @@ pub fn quantize(cluster: &Cluster, options: &Options) -> Result<()> {
 
     let synced = files.as_ref().map_or(Ok(()), |files| files.sync());
     cluster.agree(synced)?;
-    let rank = RankReport::new(cluster, &machine, device.name(), phases, job.checkpoint.bytes_mapped());
+    let rank = RankReport::new(
+        cluster,
+        &machine,
+        device.name(),
+        phases,
+        job.checkpoint.bytes_mapped(),
+        timeline.finish(),
+    );
     let ranks = cluster.gather(&rank)?;
     cluster.from_root(|| {
         let (dir, root) = ear.expect("rank 0 has the output");
@@ -221,6 +232,7 @@ struct Walk<'a, 'r> {
     slice: std::ops::Range<usize>,
     mode: Mode,
     group: usize,
+    timeline: &'r Timeline,
     next: Option<usize>,
     files: Option<&'a OutputFiles>,
     root: Option<&'r mut Root<'a>>,
@@ -230,11 +242,11 @@ impl OnBackend for Walk<'_, '_> {
     type Output = Result<Phases>;
 
     fn run<B: Solver>(self, backend: &B) -> Result<Phases> {
-        let Walk { cluster, job, slice, mode, group, next, files, mut root } = self;
+        let Walk { cluster, job, slice, mode, group, timeline, next, files, mut root } = self;
         cluster.work(
             |to_main, incoming| {
                 let outbox = Outbox::new(to_main, next);
-                Stage { backend, job, slice, mode, group, incoming, outbox }.run(files)
+                Stage { backend, job, slice, mode, group, timeline, incoming, outbox }.run(files)
             },
             &mut |peer, frame| match &mut root {
                 Some(root) => root.take(peer, frame),

@@ -19,7 +19,7 @@ use crate::cluster::Frame;
 use crate::error::{Error, Result};
 use crate::model::{Batch, LayerWeights};
 use crate::planner::Mode;
-use crate::report::Phases;
+use crate::report::{Phases, Timeline};
 
 /// A rank's share of the job.
 pub struct Stage<'a, B: Solver> {
@@ -33,6 +33,8 @@ pub struct Stage<'a, B: Solver> {
     pub mode: Mode,
     /// Micro-batches that walk through a layer together.
     pub group: usize,
+    /// Where work is noted.
+    pub timeline: &'a Timeline,
     /// Hidden states from the stage before, in micro-batch order.
     pub incoming: Receiver<Frame>,
     /// To the stage behind and to rank 0.
@@ -48,8 +50,9 @@ impl<B: Solver> Stage<'_, B> {
             // Statistics are larger than weights: of them, no more than one layer may wait.
             let waiting = if self.job.method.needs_statistics() { 0 } else { self.ahead() };
             let (to_finisher, finished) = bounded(waiting);
-            let (backend, job, outbox) = (self.backend, self.job, self.outbox.clone());
-            let finishing = scope.spawn(move || finish(backend, job, files, outbox, &finished));
+            let (backend, job, outbox, timeline) =
+                (self.backend, self.job, self.outbox.clone(), self.timeline);
+            let finishing = scope.spawn(move || finish(backend, job, files, outbox, timeline, &finished));
             let walked = self.send_all(&to_finisher);
             drop(to_finisher);
             let finished = finishing.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic));

@@ -68,6 +68,16 @@ pub fn survey(
     options: &PlanOptions,
     lengths: impl FnOnce(&ModelConfig) -> Result<Vec<usize>>,
 ) -> Result<Survey> {
+    // The model's path and the device are each rank's own.
+    let mine = PlanOptions { model: PathBuf::new(), device: DeviceChoice::Auto, ..options.clone() };
+    let asked = cluster.all_gather(&format!("distq {} {mine:?}", env!("CARGO_PKG_VERSION")))?;
+    cluster.agree(match asked[cluster.rank()] == asked[0] {
+        true => Ok(()),
+        false => Err(Error::usage(
+            "this rank was started with other options, or is another version, than rank 0",
+        )
+        .fix("give every rank the same binary and the same options; only MODEL and --device may differ")),
+    })?;
     let opened = cluster.agree(open(options))?;
     let (checkpoint, model, inventory) = opened;
     let digests = cluster.all_gather(&checkpoint.digest())?;

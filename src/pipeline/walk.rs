@@ -2,6 +2,7 @@
 
 use std::collections::VecDeque;
 use std::ops::Range;
+use std::time::Instant;
 
 use crossbeam_channel::{Receiver, Sender, bounded};
 
@@ -14,6 +15,7 @@ use crate::backend::{Backend, Solver};
 use crate::error::{Error, Result};
 use crate::model::{Batch, Decoder, LayerWeights, Site};
 use crate::planner::Mode;
+use crate::report::Work;
 
 /// What all passes over a slice share.
 pub struct Walk<'a, B: Solver> {
@@ -127,7 +129,7 @@ impl<'a, B: Solver> Walk<'a, B> {
         pass: &mut dyn Pass<B>,
         fill: Fill<'_, B>,
     ) -> Result<()> {
-        let Stage { backend, job, outbox, .. } = self.stage;
+        let Stage { backend, job, outbox, timeline, .. } = self.stage;
         let mut work = self.decoder.workspace(self.most)?;
         let mut states = (0..group.min(self.batches.len()))
             .map(|_| backend.activation(self.most, job.model.hidden))
@@ -145,8 +147,10 @@ impl<'a, B: Solver> Walk<'a, B> {
                     None => loaded.recv().map_err(|_| Error::run("the loading thread ended early"))??,
                 };
                 for (i, batch) in batches.iter().enumerate() {
+                    let started = Instant::now();
                     let mut observe = |site: Site, x: &mut B::Tensor| pass.observe(layer, first + i, site, x);
                     self.decoder.layer(&weights, batch, &mut work, &mut states[i], &mut observe)?;
+                    timeline.note(Work::Compute, layer, first + i, started);
                     outbox.event(Event::Walked { layer })?;
                     if layer + 1 == self.layers.end {
                         pass.passed(first + i, &states[i])?;

@@ -6,12 +6,14 @@ mod page;
 mod phases;
 mod progress;
 mod run;
+mod timeline;
 
 pub use evaluation::{Evaluation, Scores};
 pub use inspect::{Inspection, inspect};
 pub use phases::Phases;
 pub use progress::Progress;
 pub use run::{Health, RankReport, RunReport, Seconds};
+pub use timeline::{Bar, Timeline, Work};
 
 use std::fmt::Display;
 

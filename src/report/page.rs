@@ -3,6 +3,7 @@
 use std::fmt::Write;
 
 use super::RunReport;
+use super::timeline::timeline;
 use crate::model::Site;
 use crate::pipeline::PartId;
 use crate::units::{binary, duration};
@@ -63,6 +64,7 @@ pub fn page(report: &RunReport) -> String {
         );
     }
     out += &plots(&groups);
+    out += &timeline(&report.ranks);
     out += &loss(&groups);
     out += &table(report, &groups);
     out + "</html>\n"
@@ -229,7 +231,7 @@ fn bars(counts: &[u64]) -> String {
     format!("<svg width=\"{}\" height=\"16\">{bars}</svg>", 5 * counts.len())
 }
 
-fn escape(text: &str) -> String {
+pub(super) fn escape(text: &str) -> String {
     text.replace('&', "&amp;").replace('<', "&lt;").replace('>', "&gt;")
 }
 

@@ -6,8 +6,8 @@ use std::collections::BTreeMap;
 use std::fmt;
 use std::path::Path;
 
-use super::Phases;
 use super::page::page;
+use super::{Bar, Phases};
 use crate::calibration;
 use crate::cluster::{Cluster, Machine};
 use crate::error::{Error, Result};
@@ -83,6 +83,8 @@ pub struct RankReport {
     pub bytes_read: u64,
     /// Its peak resident memory in bytes, mapped files included.
     pub peak_resident: u64,
+    /// When it computed what.
+    pub timeline: Vec<Bar>,
 }
 
 /// How many maxima can be turned into scales.
@@ -118,6 +120,7 @@ impl RankReport {
         kernel: &str,
         phases: Phases,
         bytes_read: u64,
+        timeline: Vec<Bar>,
     ) -> RankReport {
         RankReport {
             rank: cluster.rank(),
@@ -126,6 +129,7 @@ impl RankReport {
             phases,
             bytes_read,
             peak_resident: peak_resident(),
+            timeline,
         }
     }
 }

@@ -119,6 +119,8 @@ fn the_page_shows_every_linear_and_where_the_loss_sits() {
     for part in [
         "<svg",
         "Where the loss sits",
+        "When each rank did what",
+        "layer 5, quantizing",
         "model.layers.5.mlp.down_proj",
         "output error (relative)",
         "method best",
