@@ -19,7 +19,7 @@ NP    ?= 3
 # Documents that the demo calibrates with; distq's own default is 256.
 SAMPLES ?= 64
 
-.PHONY: all setup build fixtures nvrtc demo test gpu-test check bench third-party clean
+.PHONY: all setup build fixtures nvrtc demo test gpu-test slurm-test fault-test check bench third-party clean
 
 all: build
 
@@ -66,10 +66,19 @@ test: check fixtures nvrtc
 gpu-test: setup
 	cargo test --release --test gpu
 
+# Under a real Slurm on this machine (root; Debian's slurmctld, slurmd, slurm-client and munge).
+slurm-test: build fixtures
+	tests/slurm/run $(CACHE)/smollm2 --method max --calib-samples 16
+
+# Ranks killed at random moments, and resumed.
+fault-test: build fixtures
+	python3 bench/faults.py
+
 # How fast: the number format, matrix products, and whole runs beside nvidia-modelopt.
 bench: build fixtures $(CACHE)/text/wiki_eval.txt
 	cargo bench
 	python3 bench/speed.py
+	python3 bench/ranks.py
 
 # Does a stock program load the output, and how good is it beside the peers' own?
 third-party: build fixtures $(CACHE)/text/wiki_eval.txt

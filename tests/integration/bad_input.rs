@@ -318,23 +318,36 @@ fn more_ranks_than_layers_is_refused_with_the_numbers() {
     assert!(ended.messages()[0].contains("7 ranks for 6 layers"), "{}", ended.stderr);
 }
 
-#[test]
-fn a_model_that_differs_between_ranks_is_refused() {
-    // One rank is started with another directory: the same names, another configuration.
-    let (scene, other) = (Scene::new(), Scene::new());
-    let mut config = other.config();
-    config["rope_theta"] = json!(1234.0);
-    other.write_config(&config);
+/// Two ranks that were started with commands of their own: exit code and standard error.
+fn two_commands(first: &str, second: &str) -> (Option<i32>, String) {
     let distq = env!("CARGO_BIN_EXE_distq");
-    let run = |scene: &Scene| format!("{distq} plan {} --scheme nvfp4a16", scene.model().display());
-    let command = format!("mpirun --oversubscribe -np 1 {} : -np 1 {}", run(&scene), run(&other));
+    let command = format!("mpirun --oversubscribe -np 1 {distq} {first} : -np 1 {distq} {second}");
     let output = std::process::Command::new("sh")
         .args(["-c", &command])
         .env("OMPI_ALLOW_RUN_AS_ROOT", "1")
         .env("OMPI_ALLOW_RUN_AS_ROOT_CONFIRM", "1")
         .output()
         .unwrap();
-    let stderr = String::from_utf8_lossy(&output.stderr);
-    assert_eq!(output.status.code(), Some(3), "{stderr}");
-    assert!(stderr.contains("rank 1") && stderr.contains("another model"), "{stderr}");
+    (output.status.code(), String::from_utf8_lossy(&output.stderr).into_owned())
+}
+
+#[test]
+fn ranks_that_were_asked_for_different_things_are_refused() {
+    // The same names, another configuration; no directory at all; another scheme.
+    let (scene, other) = (Scene::new(), Scene::new());
+    let mut config = other.config();
+    config["rope_theta"] = json!(1234.0);
+    other.write_config(&config);
+    let plan = |model: &str, scheme: &str| format!("plan {model} --scheme {scheme}");
+    let (model, other) = (scene.model().display().to_string(), other.model().display().to_string());
+    let cases = [
+        (plan(&other, "nvfp4a16"), 3, "another model"),
+        (plan("/no/such/model", "nvfp4a16"), 3, "/no/such/model"),
+        (plan(&model, "nvfp4"), 2, "other options"),
+    ];
+    for (second, code, part) in cases {
+        let (ended, stderr) = two_commands(&plan(&model, "nvfp4a16"), &second);
+        assert_eq!(ended, Some(code), "{stderr}");
+        assert!(stderr.contains("rank 1") && stderr.contains(part), "{stderr}");
+    }
 }
