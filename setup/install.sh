@@ -12,7 +12,8 @@ need() { # need PACKAGE CONDITION...
 }
 has_libclang() {
     [[ -n "${LIBCLANG_PATH:-}" ]] && return
-    ldconfig -p | grep -q 'libclang[-.0-9]*\.so' || compgen -G '/usr/lib/llvm-*/lib/libclang*.so*'
+    # libclang-cpp, which comes along with other packages, is another library.
+    ldconfig -p | grep -q 'libclang\(-[0-9.]*\)\?\.so' || compgen -G '/usr/lib/llvm-*/lib/libclang[.-][s0-9]*'
 }
 
 need build-essential command -v cc
