@@ -9,6 +9,7 @@ mod journal;
 mod messages;
 mod placer;
 mod placing;
+mod prover;
 mod quantize;
 mod root;
 mod stage;

@@ -79,6 +79,10 @@ impl<B: Solver> Stage<'_, B> {
         if self.slice.start == 0 {
             send(finisher, Finished::Copied(PartId::Head))?;
         }
+        // What is only copied comes first: it is on the disk before there is anything else to write.
+        if self.slice.end == self.job.model.layers {
+            send(finisher, Finished::Copied(PartId::Tail))?;
+        }
         let mut seconds = (0.0, 0.0);
         match self.job.forward_until {
             Some(last) if self.slice.start <= last => seconds = self.walk(last, finisher)?,
@@ -90,9 +94,6 @@ impl<B: Solver> Stage<'_, B> {
                     )?;
                 }
             }
-        }
-        if self.slice.end == self.job.model.layers {
-            send(finisher, Finished::Copied(PartId::Tail))?;
         }
         Ok(seconds)
     }

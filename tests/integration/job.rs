@@ -29,8 +29,8 @@ fn a_run_that_died_is_resumed_to_the_same_bytes() {
         let journal = fs::read_to_string(scene.path("out.partial/distq-journal.jsonl")).unwrap();
         assert_eq!(
             journal.lines().count(),
-            1 + 1 + 3,
-            "the fingerprint, the embedding, three layers: {journal}"
+            1 + 2 + 3,
+            "the fingerprint, what is only copied at both ends, three layers: {journal}"
         );
         assert_eq!(run("out").run().code, 2, "an unfinished run is not started over silently");
         run("out").args(["--resume"]).ranks(2).succeed();

@@ -71,9 +71,10 @@ impl Cuda {
             return Err(Error::run(format!("GPU {ordinal} is sm_{major}{minor}; BF16 needs sm_80 or newer"))
                 .fix("use an Ampere or newer GPU, or --device cpu"));
         }
-        let [stream, copies, finishing] = [context.new_stream(), context.new_stream(), context.new_stream()];
-        let (stream, copies, finishing) =
-            (stream.map_err(open)?, copies.map_err(open)?, finishing.map_err(open)?);
+        let (stream, copies) = (context.new_stream().map_err(open)?, context.new_stream().map_err(open)?);
+        // A finished layer's few kernels go before the next layer's many: behind them, the next but one would wait.
+        let (_, highest) = cudarc::driver::result::stream::get_priority_range().map_err(open)?;
+        let finishing = context.new_stream_with_priority(highest).map_err(open)?;
         let blas =
             CudaBlas::new(stream.clone()).map_err(|e| Error::run(format!("can't start cuBLAS: {e}")))?;
         let processors = context
