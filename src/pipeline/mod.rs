@@ -2,6 +2,8 @@
 //! Knows ranks, parts and the journal; not how numbers are chosen.
 
 mod finish;
+#[cfg(test)]
+mod fold_tests;
 mod ignore;
 mod inventory;
 mod job;
