@@ -7,6 +7,7 @@
 mod collective;
 mod fail;
 mod launch;
+mod link;
 mod machine;
 mod pump;
 mod signals;

@@ -107,21 +107,6 @@ impl Cuda {
         self.context.mem_get_info().map_or(0, |(free, _)| free as u64)
     }
 
-    /// FLOP/s of matrix products, from a few of them.
-    pub fn probe(&self) -> Result<f64> {
-        let n = 4096;
-        let (x, w) = (Tensor::zeros(self, n, n)?, Tensor::zeros(self, n, n)?);
-        let mut out = Tensor::zeros(self, n, n)?;
-        self.product(&x, &w, &mut out)?;
-        self.synchronize()?;
-        let started = std::time::Instant::now();
-        for _ in 0..4 {
-            self.product(&x, &w, &mut out)?;
-        }
-        self.synchronize()?;
-        Ok(4.0 * 2.0 * (n as f64).powi(3) / started.elapsed().as_secs_f64())
-    }
-
     pub(super) fn synchronize(&self) -> Result<()> {
         self.stream.synchronize().map_err(|e| self.failed("finish", e))
     }
