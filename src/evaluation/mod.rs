@@ -129,7 +129,7 @@ impl Judged {
                     reference.with_logits(|theirs| metrics::score(text, mine, Some(theirs)))
                 }),
             };
-            scored.map(Some)
+            scored.map(Some).map_err(|error| error.file(&self.path))
         } else {
             Ok(None)
         };

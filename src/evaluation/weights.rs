@@ -116,3 +116,22 @@ impl Weights {
         self.tensor("lm_head.weight")
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn tensors_have_the_precision_that_was_asked_for_whatever_the_checkpoint() {
+        let families = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/families");
+        let name = "model.layers.0.mlp.up_proj.weight";
+        for (family, dtype) in [("llama_f32", Dtype::F32), ("llama_f16", Dtype::F16), ("llama", Dtype::BF16)]
+        {
+            let weights = |compute| Weights::open(&families.join(family), compute).unwrap();
+            let (wide, narrowed) = (weights(Compute::F32), weights(Compute::Bf16));
+            let (exact, rounded) = (wide.tensor(name).unwrap(), narrowed.tensor(name).unwrap());
+            assert_eq!((exact.dtype, rounded.dtype), (dtype, Dtype::BF16));
+            assert_eq!(rounded.bytes(), narrow(Dtype::BF16, &widen(&exact).unwrap()), "{family}");
+        }
+    }
+}
