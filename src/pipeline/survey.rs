@@ -31,6 +31,8 @@ pub struct PlanOptions {
     pub memory_per_rank: Vec<u64>,
     /// Where to compute.
     pub device: DeviceChoice,
+    /// A directory on each host for hidden states.
+    pub work_dir: Option<PathBuf>,
 }
 
 impl PlanOptions {
@@ -68,15 +70,20 @@ pub fn survey(
     options: &PlanOptions,
     lengths: impl FnOnce(&ModelConfig) -> Result<Vec<usize>>,
 ) -> Result<Survey> {
-    // The model's path and the device are each rank's own.
-    let mine = PlanOptions { model: PathBuf::new(), device: DeviceChoice::Auto, ..options.clone() };
+    // The model's path, the device and the directory for hidden states are each rank's own.
+    let mine = PlanOptions {
+        model: PathBuf::new(),
+        device: DeviceChoice::Auto,
+        work_dir: options.work_dir.as_ref().map(|_| PathBuf::new()),
+        ..options.clone()
+    };
     let asked = cluster.all_gather(&format!("distq {} {mine:?}", env!("CARGO_PKG_VERSION")))?;
     cluster.agree(match asked[cluster.rank()] == asked[0] {
         true => Ok(()),
         false => Err(Error::usage(
             "this rank was started with other options, or is another version, than rank 0",
         )
-        .fix("give every rank the same binary and the same options; only MODEL and --device may differ")),
+        .fix("give every rank the same binary and the same options; only MODEL, --device and the path after --work-dir may differ")),
     })?;
     let opened = cluster.agree(open(options))?;
     let (checkpoint, model, inventory) = opened;
@@ -116,7 +123,7 @@ pub fn survey(
     let tokens = cluster.all_gather(&device.micro_batch_tokens())?.into_iter().min().unwrap_or(1);
     let batches = micro_batches(&lengths, tokens);
     let planned = cluster.from_root(|| {
-        let work = work(&lengths, &batches);
+        let work = work(options, &lengths, &batches);
         let nodes = nodes.as_deref().unwrap_or_default();
         plan(nodes, &inventory.cost(&model, options.method), &work, options.layers_per_rank.as_deref())
     })?;
@@ -135,7 +142,7 @@ pub fn foresee(
     let (_, model, inventory) = open(options)?;
     let lengths = lengths(&model)?;
     let tokens = machines.iter().map(AssumedMachine::micro_batch_tokens).min().unwrap_or(1);
-    let work = work(&lengths, &micro_batches(&lengths, tokens));
+    let work = work(options, &lengths, &micro_batches(&lengths, tokens));
     let nodes = (machines.iter().enumerate())
         .map(|(rank, machine)| {
             let memory = chosen_memory(&options.memory_per_rank, rank, machines.len())?;
@@ -145,7 +152,7 @@ pub fn foresee(
     plan(&nodes, &inventory.cost(&model, options.method), &work, options.layers_per_rank.as_deref())
 }
 
-fn work(lengths: &[usize], batches: &[MicroBatch]) -> Work {
+fn work(options: &PlanOptions, lengths: &[usize], batches: &[MicroBatch]) -> Work {
     Work {
         tokens: lengths.iter().sum::<usize>() as u64,
         micro_batches: batches.len(),
@@ -155,6 +162,7 @@ fn work(lengths: &[usize], batches: &[MicroBatch]) -> Work {
             .max()
             .unwrap_or(0),
         calibrates: !lengths.is_empty(),
+        spills: options.work_dir.is_some(),
     }
 }
 

@@ -25,7 +25,7 @@ pub(super) fn model(layers: usize) -> ModelCost {
 }
 
 pub(super) fn work() -> Work {
-    Work { tokens: 10_000, micro_batches: 10, micro_batch_tokens: 1000, calibrates: true }
+    Work { tokens: 10_000, micro_batches: 10, micro_batch_tokens: 1000, calibrates: true, spills: false }
 }
 
 /// A dense decoder in BF16: hidden size, intermediate size, width of keys and values, vocabulary.
@@ -52,7 +52,7 @@ fn large() -> ModelCost {
 
 /// The default calibration set on GPUs.
 fn default_work() -> Work {
-    Work { tokens: 170_000, micro_batches: 21, micro_batch_tokens: 8192, calibrates: true }
+    Work { tokens: 170_000, micro_batches: 21, micro_batch_tokens: 8192, calibrates: true, spills: false }
 }
 
 fn machines(list: &str) -> Vec<Node> {
