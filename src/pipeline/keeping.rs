@@ -22,8 +22,6 @@ pub struct Keeper<'a> {
     protected: usize,
     started: Instant,
     held_up: Duration,
-    /// Complete, but not yet written.
-    writing: Option<Snapshot>,
     /// The disk has refused once.
     given_up: bool,
 }
@@ -54,7 +52,7 @@ impl<'a> Keeper<'a> {
     /// Keeps in `states`, where there is a directory for them.
     pub fn new(states: Option<&'a States>, job: &'a Job) -> Keeper<'a> {
         let (started, held_up) = (Instant::now(), Duration::ZERO);
-        Keeper { states, job, protected: 0, started, held_up, writing: None, given_up: false }
+        Keeper { states, job, protected: 0, started, held_up, given_up: false }
     }
 
     /// From now on states before `layer` and earlier ones stay.
@@ -103,7 +101,6 @@ impl<'a> Keeper<'a> {
         }
         let started = Instant::now();
         if run.start == micro_batch {
-            self.settle();
             let documents = |i: usize| &self.job.micro_batches[i].samples;
             let documents = documents(run.start).start..documents(run.end - 1).end;
             keeping.file = Some(states.begin(Kept { layer: keeping.layer, documents }, self.protected));
@@ -116,24 +113,17 @@ impl<'a> Keeper<'a> {
             keeping.file = Some(file);
         } else {
             keeping.runs.remove(0);
-            if keeping.needed {
-                file.finish()?;
-            } else {
-                self.settle();
-                self.writing = Some(file);
+            // A layer counts as finished only after this, so what is finished need not be forwarded again.
+            match file.finish() {
+                Err(error) if keeping.needed => return Err(error),
+                Err(error) => {
+                    tracing::warn!("{error}; the run goes on, but one that resumes it will repeat more");
+                    self.given_up = true;
+                }
+                Ok(()) => {}
             }
         }
         self.held_up += started.elapsed();
         Ok(())
-    }
-
-    /// Waits for what is complete but not yet written. Where the disk refuses, it was not needed: a warning.
-    pub fn settle(&mut self) {
-        if let Some(Err(error)) = self.writing.take().map(Snapshot::finish) {
-            if !self.given_up {
-                tracing::warn!("{error}; the run goes on, but one that resumes it will repeat more");
-            }
-            self.given_up = true;
-        }
     }
 }

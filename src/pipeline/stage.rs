@@ -157,7 +157,6 @@ impl<B: Solver> Stage<'_, B> {
             }
             walk.statistics(finisher)?;
         }
-        walk.settle();
         let (wait, passes) = (walk.waited, walk.passes);
         Ok(Phases { forward: started.elapsed().as_secs_f64() - wait, wait, passes, ..Phases::default() })
     }

@@ -22,6 +22,8 @@ use crate::units::binary;
 const PREFIX: &str = "distq-";
 const SUFFIX: &str = ".states";
 const UNFINISHED: &str = ".unfinished";
+/// Bytes that are read at a time; whole rows' elements.
+const READ: usize = 8 << 20;
 const DIGEST: usize = blake3::OUT_LEN;
 
 /// Micro-batches that may wait for the disk.
@@ -123,7 +125,10 @@ impl States {
             match self.is_whole(&kept) {
                 Ok(true) => found.push(kept),
                 Ok(false) => {
-                    tracing::warn!("{}: damaged hidden states, not used", self.path(&kept).display())
+                    tracing::warn!(
+                        "{}: damaged hidden states, or with NaN, and not used",
+                        self.path(&kept).display()
+                    )
                 }
                 Err(e) => tracing::warn!("{}: not used: {e}", self.path(&kept).display()),
             }
@@ -162,7 +167,6 @@ impl States {
             path: self.path(&kept),
             dir: self.dir.clone(),
             prefix: self.prefix.clone(),
-            compute: self.compute,
             bytes: self.bytes(&kept.documents),
             files: self.files.clone(),
             protected,
@@ -190,16 +194,25 @@ impl States {
         ((self.starts[documents.end] - self.starts[documents.start]) * self.row) as u64
     }
 
+    /// Whether a file is what its name says. One with NaN or infinity is not taken: the health check ended that run,
+    /// and when the source has been repaired they are wrong.
     fn is_whole(&self, kept: &Kept) -> std::io::Result<bool> {
-        let (mut file, bytes) = (File::open(self.path(kept))?, self.bytes(&kept.documents));
+        let (file, bytes) = (File::open(self.path(kept))?, self.bytes(&kept.documents));
         if file.metadata()?.len() != bytes + DIGEST as u64 {
             return Ok(false);
         }
-        let mut digest = seeded(&self.path(kept));
-        digest.update_reader(std::io::Read::take(&mut file, bytes))?;
+        let (mut digest, mut finite) = (seeded(&self.path(kept)), true);
+        let (mut rows, mut at) = (vec![0; READ], 0);
+        while at < bytes {
+            rows.truncate((bytes - at).min(READ as u64) as usize);
+            file.read_exact_at(&mut rows, at)?;
+            digest.update_rayon(&rows);
+            finite &= all_finite(&rows, self.compute);
+            at += rows.len() as u64;
+        }
         let mut stored = [0; DIGEST];
         file.read_exact_at(&mut stored, bytes)?;
-        Ok(digest.finalize().as_bytes() == &stored)
+        Ok(finite && digest.finalize().as_bytes() == &stored)
     }
 
     fn path(&self, kept: &Kept) -> PathBuf {
@@ -268,7 +281,6 @@ struct Writer {
     path: PathBuf,
     dir: PathBuf,
     prefix: String,
-    compute: Compute,
     /// Of all rows.
     bytes: u64,
     files: Arc<Mutex<Vec<Kept>>>,
@@ -288,15 +300,11 @@ impl Writer {
         written.map(|_| ()).map_err(|e| failed("can't keep hidden states", &self.path, e))
     }
 
-    /// Whether the file is complete: not where rows are missing because the run ended, nor where they hold NaN or
-    /// infinity. The health check ends such a run, and after the source was repaired they would be wrong.
+    /// Whether the file is complete: not where rows are missing because the run ended.
     fn write(&self, unfinished: &Path, rows: &Receiver<Vec<u8>>) -> std::io::Result<bool> {
         let mut file = File::create(unfinished)?;
         let (mut digest, mut bytes) = (seeded(&self.path), 0);
         for rows in rows {
-            if !all_finite(&rows, self.compute) {
-                return Ok(false);
-            }
             digest.update(&rows);
             file.write_all(&rows)?;
             bytes += rows.len() as u64;
@@ -446,14 +454,15 @@ mod tests {
     }
 
     #[test]
-    fn half_a_file_and_nan_leave_nothing() {
+    fn half_a_file_leaves_nothing_and_nan_is_not_taken() {
         let dir = tempfile::tempdir().unwrap();
         let states = open(dir.path(), "a");
-        for bytes in [rows(0..2), vec![0xFF; rows(0..4).len()]] {
+        for (bytes, files) in [(rows(0..2), 0), (vec![0xFF; rows(0..4).len()], 1)] {
             let snapshot = states.begin(Kept { layer: 1, documents: 0..4 }, 0);
             snapshot.take(bytes);
             snapshot.finish().unwrap();
-            assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 0);
+            assert_eq!(fs::read_dir(dir.path()).unwrap().count(), files);
+            assert_eq!(layers(&states), Vec::<usize>::new());
         }
     }
 

@@ -87,11 +87,6 @@ impl<'a, B: Solver> Walk<'a, B> {
         self.run(course, &mut Statistics::new(stage, finisher)?)
     }
 
-    /// Waits until what was kept is written.
-    pub fn settle(&mut self) {
-        self.keeper.settle();
-    }
-
     /// Makes all visits of a sweep, the next layer being loaded meanwhile.
     fn run(&mut self, course: Course<'a>, sweep: &mut dyn Sweep<B>) -> Result<()> {
         let stage = self.stage;
