@@ -63,10 +63,10 @@ def phase(out):
         return AFTER
     if not partial.exists():
         return PHASES[0]
-    lines = len(journal.read_text().splitlines()) if journal.exists() else 0
-    if lines <= 2:
+    parts = journal.read_text().count('{"part"') if journal.exists() else 0
+    if parts <= 1:
         return PHASES[1]
-    if lines < 33:
+    if parts < 32:
         return PHASES[2]
     return PHASES[3]
 

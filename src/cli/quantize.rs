@@ -37,6 +37,10 @@ pub struct PlanArgs {
     /// Where to compute: auto (a GPU for each rank that finds one), cpu or cuda.
     #[arg(long, default_value = "auto")]
     pub device: DeviceChoice,
+    /// A directory on each host, on a disk of its own or a shared one, for hidden states: so that a resumed run begins
+    /// where the one before ended, and for those that have no room in memory.
+    #[arg(long, value_name = "DIR")]
+    pub work_dir: Option<PathBuf>,
 }
 
 /// A host whose copy of the model lies elsewhere says so in its environment.
@@ -54,6 +58,7 @@ impl PlanArgs {
             layers_per_rank: self.layers_per_rank.clone(),
             memory_per_rank: self.memory_per_rank.clone(),
             device: self.device,
+            work_dir: self.work_dir.clone(),
         }
     }
 }

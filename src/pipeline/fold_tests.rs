@@ -93,7 +93,8 @@ fn job(dir: &Path) -> Job {
         lengths,
         ids: ids.concat(),
         done: Default::default(),
-        forward_until: None,
+        observed: HashMap::new(),
+        calibrates: true,
     }
 }
 

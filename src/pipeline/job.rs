@@ -1,10 +1,10 @@
 //! What every rank knows of the job before the first layer.
 
-use std::collections::HashSet;
+use std::collections::{HashMap, HashSet};
 use std::ops::Range;
 
 use super::inventory::{Inventory, Part};
-use super::journal::PartId;
+use super::journal::{Observed, PartId};
 use crate::calibration::{MicroBatch, Sampling};
 use crate::checkpoint::{Checkpoint, Layout};
 use crate::methods::Method;
@@ -34,15 +34,23 @@ pub struct Job {
     pub micro_batches: Vec<MicroBatch>,
     /// Parts that an earlier run finished.
     pub done: HashSet<PartId>,
-    /// The last layer that hidden states must reach: the last unfinished one, where calibration is
-    /// needed at all.
-    pub forward_until: Option<usize>,
+    /// What layers have seen in an earlier run, where maxima are all that is asked for.
+    pub observed: HashMap<usize, Observed>,
+    /// Whether hidden states must walk through the model at all.
+    pub calibrates: bool,
 }
 
 impl Job {
     /// Whether an earlier run finished this part.
     pub fn is_finished(&self, part: PartId) -> bool {
         self.done.contains(&part)
+    }
+
+    /// Whether a layer must still see a micro-batch.
+    pub fn needs(&self, layer: usize, micro_batch: usize) -> bool {
+        let seen = self.observed.get(&layer).map_or(0, |observed| observed.documents);
+        let open = self.method.needs_statistics() || seen < self.micro_batches[micro_batch].samples.end;
+        self.calibrates && open && !self.is_finished(PartId::Layer(layer))
     }
 
     /// The tensors of a part.

@@ -1,8 +1,8 @@
 //! The journal of a run: what it was asked to do, and every part that is finished.
 //!
 //! One JSON object a line, appended by rank 0 only, in `OUT.partial/`. The first line is the run's
-//! [`Fingerprint`]; each further line is a finished [`PartRecord`]. A line that a crash cut short is
-//! ignored, so the part before it is simply done again.
+//! [`Fingerprint`]; each further line is a finished [`PartRecord`], or what a layer has [`Observed`] so far. A line
+//! that a crash cut short is ignored, so what it says is simply done again.
 
 use std::fs::File;
 use std::io::Write;
@@ -95,6 +95,45 @@ pub struct Chosen {
     pub verdicts: Vec<Verdict>,
 }
 
+/// The running maxima of an unfinished layer's inputs. They don't depend on how documents were grouped.
+#[derive(Clone, Copy, Debug, PartialEq, serde::Serialize, serde::Deserialize)]
+pub struct Observed {
+    /// The decoder layer.
+    pub layer: usize,
+    /// So many documents have passed, from the first on.
+    pub documents: usize,
+    /// `max |x|` by site.
+    pub maxima: [f32; 4],
+}
+
+/// What an interrupted run had done.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct History {
+    /// Finished parts.
+    pub records: Vec<PartRecord>,
+    /// The newest maxima of each layer that has any.
+    pub observed: Vec<Observed>,
+}
+
+impl History {
+    /// Takes a line; whether it could be read.
+    fn take(&mut self, line: &str) -> bool {
+        if let Ok(record) = serde_json::from_str(line) {
+            self.records.push(record);
+        } else if let Ok(observed) = serde_json::from_str::<Observed>(line) {
+            let known = self.observed.iter_mut().find(|known| known.layer == observed.layer);
+            match known {
+                Some(known) if known.documents <= observed.documents => *known = observed,
+                Some(_) => {}
+                None => self.observed.push(observed),
+            }
+        } else {
+            return false;
+        }
+        true
+    }
+}
+
 /// The open journal.
 pub struct Journal {
     file: File,
@@ -115,7 +154,7 @@ impl Journal {
     ///
     /// # Errors
     /// Exit code 2 where the journal belongs to another model, other data or other options.
-    pub fn resume(dir: &Path, fingerprint: &Fingerprint) -> Result<(Journal, Vec<PartRecord>)> {
+    pub fn resume(dir: &Path, fingerprint: &Fingerprint) -> Result<(Journal, History)> {
         let path = dir.join(JOURNAL);
         let text = std::fs::read_to_string(&path).map_err(|e| failed("can't read the journal", &path, e))?;
         let mut lines = text.split_inclusive('\n').take_while(|line| line.ends_with('\n'));
@@ -130,19 +169,27 @@ impl Journal {
                 .file(&path)
                 .fix("repeat the run with what it was started with, or start again with --overwrite"));
         }
-        let records =
-            lines.map_while(|line| serde_json::from_str::<PartRecord>(line).ok()).collect::<Vec<_>>();
+        let mut history = History::default();
+        lines.take_while(|line| history.take(line)).for_each(drop);
         // Rewritten rather than appended to: a line that was cut short must not swallow the next one.
         let mut journal = Journal::create(dir, fingerprint)?;
-        for record in &records {
+        for record in &history.records {
             journal.line(record)?;
         }
-        Ok((journal, records))
+        for observed in &history.observed {
+            journal.line(observed)?;
+        }
+        Ok((journal, history))
     }
 
     /// Records a finished part.
     pub fn finished(&mut self, record: &PartRecord) -> Result<()> {
         self.line(record)
+    }
+
+    /// Records what a layer has seen.
+    pub fn observed(&mut self, observed: &Observed) -> Result<()> {
+        self.line(observed)
     }
 
     fn line(&mut self, value: &impl serde::Serialize) -> Result<()> {
@@ -186,8 +233,27 @@ mod tests {
         let mut journal = Journal::create(dir.path(), &fingerprint()).unwrap();
         journal.finished(&record(3)).unwrap();
         journal.finished(&record(0)).unwrap();
-        let (_, records) = Journal::resume(dir.path(), &fingerprint()).unwrap();
-        assert_eq!(records, [record(3), record(0)]);
+        let (_, history) = Journal::resume(dir.path(), &fingerprint()).unwrap();
+        assert_eq!(history.records, [record(3), record(0)]);
+    }
+
+    #[test]
+    fn of_what_a_layer_has_seen_the_most_comes_back_to_the_bit() {
+        let dir = tempfile::tempdir().unwrap();
+        let mut journal = Journal::create(dir.path(), &fingerprint()).unwrap();
+        let seen = |layer, documents| {
+            let maxima = [0.1f32, 1.0 / 3.0, f32::MIN_POSITIVE, f32::MAX].map(|x| x * 0.999);
+            Observed { layer, documents, maxima }
+        };
+        for observed in [seen(2, 5), seen(2, 9), seen(4, 5), seen(2, 7)] {
+            journal.observed(&observed).unwrap();
+            journal.finished(&record(observed.documents)).unwrap();
+        }
+        for _ in 0..2 {
+            let (_, history) = Journal::resume(dir.path(), &fingerprint()).unwrap();
+            assert_eq!(history.observed, [seen(2, 9), seen(4, 5)]);
+            assert_eq!(history.records.len(), 4);
+        }
     }
 
     #[test]
@@ -199,10 +265,10 @@ mod tests {
         let path = dir.path().join(JOURNAL);
         let text = std::fs::read(&path).unwrap();
         std::fs::write(&path, &text[..text.len() - 9]).unwrap();
-        let (mut journal, records) = Journal::resume(dir.path(), &fingerprint()).unwrap();
-        assert_eq!(records, [record(0)]);
+        let (mut journal, history) = Journal::resume(dir.path(), &fingerprint()).unwrap();
+        assert_eq!(history.records, [record(0)]);
         journal.finished(&record(2)).unwrap();
-        assert_eq!(Journal::resume(dir.path(), &fingerprint()).unwrap().1, [record(0), record(2)]);
+        assert_eq!(Journal::resume(dir.path(), &fingerprint()).unwrap().1.records, [record(0), record(2)]);
     }
 
     #[test]

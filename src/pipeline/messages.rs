@@ -2,7 +2,7 @@
 
 use crossbeam_channel::Sender;
 
-use super::journal::PartRecord;
+use super::journal::{Observed, PartRecord};
 use crate::cluster::{Frame, Outgoing, Tag};
 use crate::error::{Error, Result};
 
@@ -22,6 +22,8 @@ pub enum Event {
         /// The layer.
         layer: usize,
     },
+    /// Micro-batches have passed a layer that is not finished yet.
+    Observed(Observed),
     /// A part is at its place, or all its tensors are on their way to rank 0.
     Finished(PartRecord),
 }

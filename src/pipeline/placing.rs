@@ -6,13 +6,14 @@ use std::path::{Path, PathBuf};
 use serde_json::{Map, json};
 
 use super::inventory::Inventory;
-use super::journal::{Fingerprint, JOURNAL, Journal, PartId, PartRecord};
+use super::journal::{Fingerprint, History, JOURNAL, Journal, Observed, PartId, PartRecord};
 use super::quantize::Options;
 use crate::checkpoint::{OutTensor, OutputDir, OutputFiles, Placement};
 use crate::cluster::Cluster;
 use crate::error::{Error, Result};
 
-/// A file by which other ranks recognise that they see rank 0's directory and not one of the same name.
+/// A file with the run's name, the same after every `--resume`, and a word that is new each time: by this other ranks
+/// recognise that they see rank 0's directory and not one of the same name.
 const NONCE: &str = "distq-nonce";
 
 /// Files of the run that are not part of the output.
@@ -34,8 +35,12 @@ pub struct Placed {
     pub placement: Placement,
     /// The files, where this rank sees them.
     pub files: Option<OutputFiles>,
-    /// Parts that an earlier run finished.
+    /// Parts that an earlier process finished.
     pub done: HashSet<PartId>,
+    /// What unfinished layers have seen.
+    pub observed: Vec<Observed>,
+    /// The run's name: no other run has it, wherever it writes.
+    pub run: String,
     /// On rank 0.
     pub root: Option<RootOutput>,
 }
@@ -63,20 +68,21 @@ pub fn place(
     let mut files = None;
     let prepared = cluster.from_root(|| {
         let dir = dir.expect("rank 0 has checked the output's directory");
-        let (output, opened, nonce) = prepare(dir, inventory, &placement, fingerprint)?;
+        let (output, opened, observed, nonce) = prepare(dir, inventory, &placement, fingerprint)?;
         let done: Vec<PartId> = output.records.iter().map(|record| record.part).collect();
         let partial = output.dir.partial.clone();
         root = Some(output);
         files = Some(opened);
-        Ok((partial, nonce, done))
+        Ok((partial, nonce, done, observed))
     })?;
-    let (partial, nonce, done): (PathBuf, String, Vec<PartId>) = prepared;
+    let (partial, nonce, done, observed): (PathBuf, String, Vec<PartId>, Vec<Observed>) = prepared;
     if !cluster.is_root() && !options.gather && sees(&partial, &nonce) {
         // A rank that sees the directory but may not write there goes through rank 0 like one that doesn't.
         files = OutputFiles::open(&partial, &placement).ok();
     }
     tracing::debug!(direct = files.is_some(), "output {}", partial.display());
-    Ok(Placed { placement, files, done: done.into_iter().collect(), root })
+    let run = run_of(&nonce).to_string();
+    Ok(Placed { placement, files, done: done.into_iter().collect(), observed, run, root })
 }
 
 fn prepare(
@@ -84,13 +90,13 @@ fn prepare(
     inventory: &Inventory,
     placement: &Placement,
     fingerprint: &Fingerprint,
-) -> Result<(RootOutput, OutputFiles, String)> {
+) -> Result<(RootOutput, OutputFiles, Vec<Observed>, String)> {
     dir.create()?;
     // The journal comes first: a run that dies while it reserves space can be resumed.
-    let (journal, records) = if dir.resumed {
+    let (journal, History { records, observed }) = if dir.resumed {
         Journal::resume(&dir.partial, fingerprint)?
     } else {
-        (Journal::create(&dir.partial, fingerprint)?, vec![])
+        (Journal::create(&dir.partial, fingerprint)?, History::default())
     };
     let files = OutputFiles::create(&dir.partial, placement).inspect_err(|_| {
         // Nothing was computed yet, so nothing is worth resuming.
@@ -104,10 +110,19 @@ fn prepare(
             whole.push(record);
         }
     }
-    let nonce = format!("{}-{:?}", std::process::id(), std::time::SystemTime::now());
+    let now = std::time::SystemTime::now();
+    let word = blake3::hash(format!("{}-{now:?}-{fingerprint:?}", std::process::id()).as_bytes()).to_hex();
     let path = dir.partial.join(NONCE);
+    let before = std::fs::read_to_string(&path).unwrap_or_default();
+    let run = if dir.resumed && !before.is_empty() { run_of(&before) } else { &word[..16] };
+    let nonce = format!("{run} {word}");
     std::fs::write(&path, &nonce).map_err(|e| Error::run(format!("can't write: {e}")).file(&path))?;
-    Ok((RootOutput { dir, journal, records: whole }, files, nonce))
+    Ok((RootOutput { dir, journal, records: whole }, files, observed, nonce))
+}
+
+/// The run's name, which becomes a part of file names.
+fn run_of(nonce: &str) -> &str {
+    nonce.split(|c: char| !c.is_ascii_hexdigit()).next().unwrap_or_default()
 }
 
 /// blake3 of a part's bytes as they stand in the files.

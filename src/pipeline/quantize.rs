@@ -1,16 +1,19 @@
 //! The whole job: survey, calibration data, output, stages, proof, publication.
 
-use std::path::PathBuf;
+use std::ops::Range;
+use std::path::{Path, PathBuf};
 use std::thread::ScopedJoinHandle;
 use std::time::Instant;
 
 use super::job::Job;
-use super::journal::{Fingerprint, PartId, PartRecord};
+use super::journal::{Fingerprint, PartRecord};
 use super::messages::Outbox;
 use super::placing::{Placed, SCRATCH, place};
 use super::prover::Prover;
 use super::root::Root;
+use super::routes::{Route, Routes, Station, routes};
 use super::stage::Stage;
+use super::states::{self, Kept, States};
 use super::survey::{PlanOptions, Survey, survey};
 use crate::backend::{Device, OnBackend, Solver};
 use crate::calibration::{CalibOptions, Calibration, Sampling};
@@ -18,7 +21,7 @@ use crate::checkpoint::{Existing, OutputDir, OutputFiles, copy_side_files, quant
 use crate::cluster::Cluster;
 use crate::error::{Error, Result};
 use crate::model::ModelConfig;
-use crate::planner::Mode;
+use crate::planner::{Mode, Plan};
 use crate::report::{self, Phases, Progress, RankReport, RunReport, Timeline};
 use crate::verify::Proof;
 
@@ -55,24 +58,20 @@ pub fn quantize(cluster: &Cluster, options: &Options) -> Result<()> {
         dir = Some(OutputDir::check(&options.plan.model, &options.out, options.existing)?);
         Ok(())
     })?;
+    cluster.agree(options.plan.work_dir.as_deref().map_or(Ok(()), states::check))?;
     let mut calibration = Calibration::default();
     let surveyed = survey(cluster, &options.plan, |model| {
         calibration = calibrate(cluster, options, model)?;
         Ok(calibration.lengths.clone())
     })?;
     let fingerprint = fingerprint(options, &surveyed, &calibration);
-    let Placed { placement, files, done, root } =
+    let Placed { placement, files, done, observed, run, root } =
         place(cluster, dir, options, &surveyed.inventory, &fingerprint)?;
     if cluster.is_root() && !options.quiet {
         report::print(&surveyed.plan);
         calibration.summary.warnings.iter().for_each(|warning| tracing::warn!("{warning}"));
     }
     let Survey { checkpoint, model, inventory, machine, device, micro_batches, plan } = surveyed;
-    let forward_until = options
-        .plan
-        .calibrates()
-        .then(|| (0..model.layers).rev().find(|&layer| !done.contains(&PartId::Layer(layer))))
-        .flatten();
     let job = Job {
         model,
         checkpoint,
@@ -85,8 +84,10 @@ pub fn quantize(cluster: &Cluster, options: &Options) -> Result<()> {
         ids: calibration.ids,
         micro_batches,
         done,
-        forward_until,
+        observed: observed.into_iter().map(|observed| (observed.layer, observed)).collect(),
+        calibrates: options.plan.calibrates(),
     };
+    let (states, routes) = find_ways(cluster, &job, &plan, options.plan.work_dir.as_deref(), &run)?;
     let prepared = started.elapsed().as_secs_f64();
 
     // The descriptions are known before the weights, and the proof reads them.
@@ -101,13 +102,7 @@ pub fn quantize(cluster: &Cluster, options: &Options) -> Result<()> {
         Ok(())
     })?;
     let mut ear = root.map(|root| {
-        let steps = forward_until.map_or(0, |last| {
-            // Stages that are walked twice are those that pass hidden states on.
-            let again =
-                plan.stages.iter().filter(|stage| stage.layers.end <= last).map(|stage| stage.layers.len());
-            let again = if job.method.needs_statistics() { again.sum() } else { 0 };
-            (last + 1 + again) * job.micro_batches.len()
-        }) as u64;
+        let steps = routes.iter().map(Routes::passes).sum::<usize>() as u64;
         let progress = Progress::new(steps, &plan, options.quiet);
         let files = files.as_ref().expect("rank 0 sees its own output");
         (root.dir, Root { files, journal: root.journal, progress, records: root.records, prover })
@@ -123,6 +118,8 @@ pub fn quantize(cluster: &Cluster, options: &Options) -> Result<()> {
         slice: stage.layers.clone(),
         mode: stage.mode,
         group: stage.group,
+        routes: &routes[plan.position(cluster.rank())],
+        states: states.as_ref(),
         timeline: &timeline,
         next,
         files: files.as_ref(),
@@ -175,7 +172,41 @@ pub fn quantize(cluster: &Cluster, options: &Options) -> Result<()> {
         report.seconds.walk = walked - prepared;
         report.seconds.prove = verified - walked;
         finish(options, report, &dir, started)
-    })
+    })?;
+    if let Some(Err(error)) = states.map(|states| states.clear()) {
+        tracing::warn!("{error}");
+    }
+    Ok(())
+}
+
+/// What this rank keeps and has kept of hidden states, and every stage's routes.
+fn find_ways(
+    cluster: &Cluster,
+    job: &Job,
+    plan: &Plan,
+    dir: Option<&Path>,
+    run: &str,
+) -> Result<(Option<States>, Vec<Routes>)> {
+    let slice = plan.stage(cluster.rank()).layers.clone();
+    let open = |dir| States::open(dir, run, job.inventory.compute, job.model.hidden, &job.lengths);
+    let states = cluster.agree(dir.map(open).transpose())?;
+    let found = cluster.agree(states.as_ref().map_or(Ok(vec![]), |states| states.find(&slice)))?;
+    let mut found = cluster.all_gather(&found)?;
+    let stations: Vec<Station> = (plan.stages.iter())
+        .map(|stage| Station { layers: stage.layers.clone(), kept: std::mem::take(&mut found[stage.rank]) })
+        .collect();
+    let documents: Vec<Range<usize>> = job.micro_batches.iter().map(|mb| mb.samples.clone()).collect();
+    let needs = |layer: usize, micro_batch: usize| job.needs(layer, micro_batch);
+    let routes = routes(&stations, &documents, &needs, job.method.needs_statistics());
+    let mine = &routes[plan.position(cluster.rank())];
+    let wanted = |kept: &Kept| {
+        let used = |(route, documents): (&Option<Route>, &Range<usize>)| {
+            route.as_ref().is_some_and(|route| route.kept && kept.holds(route.enter, documents))
+        };
+        [&mine.forward, &mine.own].into_iter().any(|sweep| sweep.iter().zip(&documents).any(used))
+    };
+    cluster.agree(states.as_ref().map_or(Ok(()), |states| states.retain(&slice, wanted)))?;
+    Ok((states, routes))
 }
 
 /// Publishes what has been proven, and says how it went.
@@ -260,6 +291,8 @@ struct Walk<'a, 'r> {
     slice: std::ops::Range<usize>,
     mode: Mode,
     group: usize,
+    routes: &'a Routes,
+    states: Option<&'a States>,
     timeline: &'r Timeline,
     next: Option<usize>,
     files: Option<&'a OutputFiles>,
@@ -270,11 +303,12 @@ impl OnBackend for Walk<'_, '_> {
     type Output = Result<Phases>;
 
     fn run<B: Solver>(self, backend: &B) -> Result<Phases> {
-        let Walk { cluster, job, slice, mode, group, timeline, next, files, mut root } = self;
+        let Walk { cluster, job, slice, mode, group, routes, states, timeline, next, files, mut root } = self;
         cluster.work(
             |to_main, incoming| {
                 let outbox = Outbox::new(to_main, next);
-                Stage { backend, job, slice, mode, group, timeline, incoming, outbox }.run(files)
+                Stage { backend, job, slice, mode, group, routes, states, timeline, incoming, outbox }
+                    .run(files)
             },
             &mut |peer, frame| match &mut root {
                 Some(root) => root.take(peer, frame),

@@ -35,6 +35,7 @@ impl Root<'_> {
         })?;
         match head {
             ToRoot::Event(Event::Walked { layer }) => self.progress.step(peer, layer),
+            ToRoot::Event(Event::Observed(observed)) => self.journal.observed(&observed)?,
             ToRoot::Event(Event::Finished(record)) => {
                 self.journal.finished(&record)?;
                 if let Some(prover) = &mut self.prover {

@@ -1,5 +1,5 @@
 //! One rank's walk over its slice: hidden states in, layer by layer over a group of micro-batches,
-//! hidden states out. Three threads: one loads the next layer, one computes, one quantizes and places the
+//! hidden states out; in a resumed run no more of it than its [`Routes`] say. Three threads: one loads the next layer, one computes, one quantizes and places the
 //! layer before. A streamed stage hands over one layer at a time, so at most three layers' weights exist; a
 //! resident one loads its whole slice ahead and keeps it until the last group has passed.
 
@@ -12,12 +12,14 @@ use super::finish::{Finished, Inputs, finish};
 use super::job::Job;
 use super::journal::PartId;
 use super::messages::{Hidden, Outbox};
+use super::routes::Routes;
+use super::states::States;
 use super::walk::Walk;
 use crate::backend::Solver;
 use crate::checkpoint::OutputFiles;
 use crate::cluster::Frame;
 use crate::error::{Error, Result};
-use crate::model::{Batch, LayerWeights};
+use crate::model::LayerWeights;
 use crate::planner::Mode;
 use crate::report::{Phases, Timeline};
 
@@ -33,6 +35,10 @@ pub struct Stage<'a, B: Solver> {
     pub mode: Mode,
     /// Micro-batches that walk through a layer together.
     pub group: usize,
+    /// Which micro-batches pass which of its layers.
+    pub routes: &'a Routes,
+    /// Where hidden states are kept.
+    pub states: Option<&'a States>,
     /// Where work is noted.
     pub timeline: &'a Timeline,
     /// Hidden states from the stage before, in micro-batch order.
@@ -58,7 +64,8 @@ impl<B: Solver> Stage<'_, B> {
             let finished = finishing.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic));
             // Where the finisher failed, the walk only noticed that nobody listens any more.
             let mut phases = finished?;
-            (phases.forward, phases.wait) = walked?;
+            let walked = walked?;
+            (phases.forward, phases.wait, phases.passes) = (walked.forward, walked.wait, walked.passes);
             phases.total = started.elapsed().as_secs_f64();
             Ok(phases)
         })
@@ -69,13 +76,12 @@ impl<B: Solver> Stage<'_, B> {
     pub(super) fn ahead(&self) -> usize {
         match self.mode {
             Mode::Resident => self.slice.len(),
-            Mode::Streamed => 0,
+            Mode::Streamed | Mode::Spilled => 0,
         }
     }
 
-    /// Hands every part of this rank to the finisher; returns seconds of computing and of waiting for hidden
-    /// states.
-    fn send_all(&self, finisher: &Sender<Finished<B>>) -> Result<(f64, f64)> {
+    /// Hands every part of this rank to the finisher.
+    fn send_all(&self, finisher: &Sender<Finished<B>>) -> Result<Phases> {
         if self.slice.start == 0 {
             send(finisher, Finished::Copied(PartId::Head))?;
         }
@@ -83,19 +89,16 @@ impl<B: Solver> Stage<'_, B> {
         if self.slice.end == self.job.model.layers {
             send(finisher, Finished::Copied(PartId::Tail))?;
         }
-        let mut seconds = (0.0, 0.0);
-        match self.job.forward_until {
-            Some(last) if self.slice.start <= last => seconds = self.walk(last, finisher)?,
-            _ => {
-                for layer in self.slice.clone().filter(|&layer| !self.job.is_finished(PartId::Layer(layer))) {
-                    send(
-                        finisher,
-                        Finished::Layer { layer, weights: self.load(layer)?, inputs: Inputs::None },
-                    )?;
-                }
+        let mut walked = Phases::default();
+        if self.job.calibrates {
+            walked = self.walk(finisher)?;
+        } else {
+            for layer in self.slice.clone().filter(|&layer| !self.job.is_finished(PartId::Layer(layer))) {
+                let weights = self.load(layer)?;
+                send(finisher, Finished::Layer { layer, weights, inputs: Inputs::None })?;
             }
         }
-        Ok(seconds)
+        Ok(walked)
     }
 
     pub(super) fn load(&self, layer: usize) -> Result<LayerWeights<B::Tensor>> {
@@ -103,13 +106,12 @@ impl<B: Solver> Stage<'_, B> {
         LayerWeights::load(self.backend, &self.job.model, layer, &source)
     }
 
-    /// Brings the hidden states of a group in: embedded on the first stage, received on the others. Adds
-    /// the seconds of waiting to `waited`. A resident stage keeps the embedding in `table`.
-    pub(super) fn fill(
+    /// Brings a micro-batch into the slice: embedded on the first stage, received on the others. Adds the seconds of
+    /// waiting to `waited`, and leaves the embedding in `table`.
+    pub(super) fn enter(
         &self,
-        first: usize,
-        group: &[Batch<B>],
-        states: &mut [B::Tensor],
+        micro_batch: usize,
+        state: &mut B::Tensor,
         table: &mut Option<B::Tensor>,
         waited: &mut f64,
     ) -> Result<()> {
@@ -119,28 +121,22 @@ impl<B: Solver> Stage<'_, B> {
                 Some(here) => here,
                 None => self.backend.load(&job.checkpoint.tensor(&job.model.embedding().name)?)?,
             };
-            for (i, batch) in group.iter().enumerate() {
-                self.backend.set_rows(&mut states[i], batch.tokens);
-                let ids = self.backend.index(job.ids_of(first + i))?;
-                self.backend.embed(&here, &ids, &mut states[i])?;
-            }
-            *table = (self.mode == Mode::Resident).then_some(here);
+            let ids = self.backend.index(job.ids_of(micro_batch))?;
+            self.backend.embed(&here, &ids, state)?;
+            *table = Some(here);
             return Ok(());
         }
-        for (i, batch) in group.iter().enumerate() {
-            let started = Instant::now();
-            let frame = self
-                .incoming
-                .recv()
-                .map_err(|_| Error::run("the stage before ended without sending its hidden states"))?;
-            let hidden = Hidden::from_frame(frame);
-            *waited += started.elapsed().as_secs_f64();
-            debug_assert_eq!(hidden.micro_batch, first + i, "messages of one sender arrive in order");
-            self.backend.set_rows(&mut states[i], batch.tokens);
-            self.backend.upload(&hidden.bytes, &mut states[i])?;
-        }
-        Ok(())
+        let started = Instant::now();
+        let frame = self
+            .incoming
+            .recv()
+            .map_err(|_| Error::run("the stage before ended without sending its hidden states"))?;
+        let hidden = Hidden::from_frame(frame);
+        *waited += started.elapsed().as_secs_f64();
+        debug_assert_eq!(hidden.micro_batch, micro_batch, "messages of one sender arrive in order");
+        self.backend.upload(&hidden.bytes, state)
     }
+
     /// Sends a hidden state to the next stage.
     pub(super) fn pass_on(&self, micro_batch: usize, x: &B::Tensor) -> Result<()> {
         let mut bytes = Vec::new();
@@ -148,25 +144,22 @@ impl<B: Solver> Stage<'_, B> {
         self.outbox.hidden(micro_batch, bytes)
     }
 
-    /// Walks all micro-batches through the slice, as far as layer `last`. Methods that need all of a layer's
-    /// statistics can't finish a layer while later groups are still to come, so they walk twice: first hidden
-    /// states alone, so that the stage behind gets to work, then every stage at its own layers.
-    fn walk(&self, last: usize, finisher: &Sender<Finished<B>>) -> Result<(f64, f64)> {
-        let (job, started) = (self.job, Instant::now());
-        let layers = self.slice.start..self.slice.end.min(last + 1);
-        let passes_on = last >= self.slice.end;
-        let walk = Walk::new(self, layers)?;
-        let mut waited = 0.0;
-        if !job.method.needs_statistics() {
-            walk.maxima(passes_on, finisher, &mut waited)?;
+    /// Walks micro-batches through the slice. Methods that need all of a layer's statistics can't finish a layer while
+    /// later groups are still to come, so where a stage behind waits they walk twice: first hidden states alone, so
+    /// that it gets to work, then every stage at its own layers.
+    fn walk(&self, finisher: &Sender<Finished<B>>) -> Result<Phases> {
+        let started = Instant::now();
+        let mut walk = Walk::new(self)?;
+        if !self.job.method.needs_statistics() {
+            walk.maxima(finisher)?;
         } else {
-            let mut kept = Vec::new();
-            if passes_on {
-                walk.forward(&mut kept, &mut waited)?;
+            if !self.routes.forward.is_empty() {
+                walk.forward()?;
             }
-            walk.statistics(kept, finisher, &mut waited)?;
+            walk.statistics(finisher)?;
         }
-        Ok((started.elapsed().as_secs_f64() - waited, waited))
+        let (wait, passes) = (walk.waited, walk.passes);
+        Ok(Phases { forward: started.elapsed().as_secs_f64() - wait, wait, passes, ..Phases::default() })
     }
 }
 

@@ -33,6 +33,8 @@ pub struct PlanOptions {
     pub memory_per_rank: Vec<u64>,
     /// Where to compute.
     pub device: DeviceChoice,
+    /// A directory on each host for hidden states.
+    pub work_dir: Option<PathBuf>,
 }
 
 impl PlanOptions {
@@ -70,15 +72,20 @@ pub fn survey(
     options: &PlanOptions,
     lengths: impl FnOnce(&ModelConfig) -> Result<Vec<usize>>,
 ) -> Result<Survey> {
-    // The model's path and the device are each rank's own.
-    let mine = PlanOptions { model: PathBuf::new(), device: DeviceChoice::Auto, ..options.clone() };
+    // The model's path, the device and the directory for hidden states are each rank's own.
+    let mine = PlanOptions {
+        model: PathBuf::new(),
+        device: DeviceChoice::Auto,
+        work_dir: options.work_dir.as_ref().map(|_| PathBuf::new()),
+        ..options.clone()
+    };
     let asked = cluster.all_gather(&format!("distq {} {mine:?}", env!("CARGO_PKG_VERSION")))?;
     cluster.agree(match asked[cluster.rank()] == asked[0] {
         true => Ok(()),
         false => Err(Error::usage(
             "this rank was started with other options, or is another version, than rank 0",
         )
-        .fix("give every rank the same binary and the same options; only MODEL and --device may differ")),
+        .fix("give every rank the same binary and the same options; only MODEL, --device and the path after --work-dir may differ")),
     })?;
     let opened = cluster.agree(open(options))?;
     let (checkpoint, model, inventory) = opened;
@@ -136,7 +143,7 @@ pub fn survey(
     let tokens = cluster.all_gather(&device.micro_batch_tokens())?.into_iter().min().unwrap_or(1);
     let batches = micro_batches(&lengths, tokens);
     let planned = cluster.from_root(|| {
-        let work = work(&model, &lengths, &batches);
+        let work = work(options, &model, &lengths, &batches);
         let nodes = leveled(nodes.unwrap_or_default());
         plan(&nodes, &inventory.cost(&model, options.method), &work, options.layers_per_rank.as_deref())
     })?;
@@ -178,7 +185,7 @@ pub fn foresee(
     let (_, model, inventory) = open_or_describe(options)?;
     let lengths = lengths(&model)?;
     let tokens = machines.iter().map(AssumedMachine::micro_batch_tokens).min().unwrap_or(1);
-    let work = work(&model, &lengths, &micro_batches(&lengths, tokens));
+    let work = work(options, &model, &lengths, &micro_batches(&lengths, tokens));
     let nodes = (machines.iter().enumerate())
         .map(|(rank, machine)| {
             let memory = by_rank("--memory-per-rank", &options.memory_per_rank, rank, machines.len())?;
@@ -189,7 +196,7 @@ pub fn foresee(
     plan(&nodes, &inventory.cost(&model, options.method), &work, options.layers_per_rank.as_deref())
 }
 
-fn work(model: &ModelConfig, lengths: &[usize], batches: &[MicroBatch]) -> Work {
+fn work(options: &PlanOptions, model: &ModelConfig, lengths: &[usize], batches: &[MicroBatch]) -> Work {
     Work {
         pairs: pairs(model, lengths),
         tokens: lengths.iter().sum::<usize>() as u64,
@@ -200,6 +207,7 @@ fn work(model: &ModelConfig, lengths: &[usize], batches: &[MicroBatch]) -> Work 
             .max()
             .unwrap_or(0),
         calibrates: !lengths.is_empty(),
+        spills: options.work_dir.is_some(),
     }
 }
 

@@ -63,9 +63,11 @@ pub struct Work {
     pub micro_batch_tokens: u64,
     /// Whether the forward pass is needed at all (weight-only schemes need none).
     pub calibrates: bool,
+    /// Whether there is a directory for hidden states that have no room in memory.
+    pub spills: bool,
 }
 
-/// Where a stage's weights are while several groups of micro-batches pass.
+/// Where a stage's weights and hidden states are while groups of micro-batches pass.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Mode {
@@ -73,6 +75,8 @@ pub enum Mode {
     Resident,
     /// A few layers at a time: every weight is loaded once a group.
     Streamed,
+    /// The same, with the hidden states in files: they are read before every layer and written behind it.
+    Spilled,
 }
 
 /// Time in femtoseconds, so that sums are exact and equal machines tie exactly.
@@ -111,6 +115,8 @@ pub struct Pace {
     pub write: Time,
     /// Hidden states on their way to the next stage; none behind the last.
     pub link: Time,
+    /// Hidden states to files and back at every layer, where they have no room in memory.
+    pub spill: Time,
 }
 
 /// A contiguous slice of decoder layers with what its place brings along. Bytes.
@@ -131,6 +137,9 @@ pub struct Slice {
 
 /// Libraries, code, thread stacks, MPI's buffers: what a rank needs before the first layer.
 const FIXED_MEMORY: u64 = 64 << 20;
+
+/// Micro-batches whose hidden states are being computed, wait for the disk, or are being written.
+const IN_FLIGHT: u64 = 4;
 
 /// Bytes/s at which weights come from the page cache to where arithmetic happens.
 const CACHE_RATE: f64 = 1e10;
@@ -183,11 +192,11 @@ impl Slice {
     /// Expected peak of memory. Streamed: three layers (being read, at work, being quantized) and a layer's
     /// output; the embedding is in use while two layers are there, and the tail is copied by itself. Resident:
     /// all of the slice and a layer's output. Besides: a group's hidden states and one micro-batch's
-    /// intermediate results.
+    /// intermediate results. Spilled: a few micro-batches' hidden states, on their way to files and back.
     pub fn peak_memory(&self, mode: Mode, group: usize, model: &ModelCost, work: &Work) -> u64 {
         let weights = match mode {
             Mode::Resident => self.loaded + self.head_loaded + self.tail + self.largest_output,
-            Mode::Streamed => (3 * self.largest_loaded + self.largest_output)
+            Mode::Streamed | Mode::Spilled => (3 * self.largest_loaded + self.largest_output)
                 .max(2 * self.largest_loaded + self.head_loaded)
                 .max(self.tail),
         };
@@ -195,20 +204,33 @@ impl Slice {
             _ if !work.calibrates => 0,
             None => (group as u64 * model.hidden_row + model.workspace_row) * work.micro_batch_tokens,
             Some(statistics) => {
-                work.tokens * model.hidden_row * 2
-                    + model.workspace_row * work.micro_batch_tokens
-                    + statistics
+                // All of them in the sweep over a layer, and those that wait for this sweep.
+                let all = match (mode, work.spills) {
+                    (Mode::Spilled, _) => 0,
+                    (_, true) => work.tokens * model.hidden_row,
+                    (_, false) => work.tokens * model.hidden_row * 2,
+                };
+                all + model.workspace_row * work.micro_batch_tokens + statistics
             }
         };
-        FIXED_MEMORY + weights + states
+        let on_their_way =
+            if work.spills { IN_FLIGHT * model.hidden_row * work.micro_batch_tokens } else { 0 };
+        FIXED_MEMORY + weights + states + on_their_way
     }
 
     /// The mode that `node` can run this slice in. One group loads every weight once in either mode, and
-    /// streaming holds less.
+    /// streaming holds less. Hidden states go to files only where there is no other way.
     pub fn mode(&self, node: &Node, group: usize, model: &ModelCost, work: &Work) -> Option<Mode> {
         let fits = |mode: &Mode| self.peak_memory(*mode, group, model, work) <= node.memory;
-        let modes = [Mode::Resident, Mode::Streamed];
-        modes.into_iter().skip(usize::from(work.groups(group) == 1)).find(fits)
+        let modes = [Mode::Resident, Mode::Streamed, Mode::Spilled];
+        let modes = &modes[..if can_spill(model, work) { 3 } else { 2 }];
+        modes.iter().copied().skip(usize::from(work.groups(group) == 1)).find(fits)
+    }
+
+    /// The least that any mode needs.
+    pub fn least_memory(&self, model: &ModelCost, work: &Work) -> u64 {
+        let mode = if can_spill(model, work) { Mode::Spilled } else { Mode::Streamed };
+        self.peak_memory(mode, 1, model, work)
     }
 
     /// Whether this is the last stage, which passes nothing on.
@@ -225,7 +247,8 @@ impl Slice {
         let forward = model.operations.forward(work.tokens, work.pairs);
         let statistics = forward + work.tokens as f64 * model.operations.statistics;
         let kept = mode == Mode::Resident || self.source <= node.cache;
-        let sent = if self.is_last(model) { 0 } else { work.tokens * model.hidden_row };
+        let states = work.tokens * model.hidden_row;
+        let sent = if self.is_last(model) { 0 } else { states };
         Pace {
             forward: layers * time(forward, node.flops),
             statistics: layers * time(statistics, node.statistics_flops),
@@ -234,6 +257,11 @@ impl Slice {
             again: bytes(self.source, if kept { CACHE_RATE.max(node.read_rate) } else { node.read_rate }),
             write: bytes(self.output, WRITE_RATE),
             link: bytes(sent, link),
+            spill: if mode == Mode::Spilled {
+                layers * (bytes(states, node.read_rate) + bytes(states, WRITE_RATE))
+            } else {
+                0
+            },
         }
     }
 
@@ -243,12 +271,12 @@ impl Slice {
     /// needs statistics, a stage passes hidden states on first, and then walks through its layers again; the
     /// last stage walks once.
     pub fn cost(&self, pace: &Pace, mode: Mode, group: usize, model: &ModelCost, work: &Work) -> Cost {
-        let Pace { forward, statistics, solving, read, again, write, link } = *pace;
+        let Pace { forward, statistics, solving, read, again, write, link, spill } = *pace;
         let groups = work.groups(group) as Time;
         if !work.calibrates {
             return Cost { tail: groups * solving.max(read + write), ..Cost::default() };
         }
-        let thorough = |loading: Time| groups * (statistics + solving).max(loading + write);
+        let thorough = |loading: Time| groups * (statistics + solving).max(loading + write + spill);
         let two_sweeps = model.statistics.is_some();
         if two_sweeps && self.is_last(model) {
             return Cost { tail: thorough(read), ..Cost::default() };
@@ -276,6 +304,11 @@ impl Slice {
             tail: if two_sweeps { thorough(again) } else { 0 },
         }
     }
+}
+
+/// Whether hidden states can go to files. Methods without statistics hold no more than a group's in any case.
+fn can_spill(model: &ModelCost, work: &Work) -> bool {
+    work.spills && work.calibrates && model.statistics.is_some()
 }
 
 #[cfg(test)]

@@ -290,7 +290,7 @@ impl Planner<'_> {
 
     /// What a rank must have for a slice at the very least.
     fn least_memory(&self, slice: &Slice) -> u64 {
-        slice.peak_memory(Mode::Streamed, 1, self.model, self.work)
+        slice.least_memory(self.model, self.work)
     }
 
     /// The wall time of `found`, multiplied by the number of groups of another size.

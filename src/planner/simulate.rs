@@ -108,7 +108,7 @@ impl Stage {
 
     /// Statistics and codes.
     fn thorough(&self, load: Time) -> Sweep {
-        self.sweep(self.pace.statistics, self.pace.solving, [load, load], self.pace.write)
+        self.sweep(self.pace.statistics, self.pace.solving, [load, load], self.pace.write + self.pace.spill)
     }
 
     /// Walks groups through the layers; returns when each micro-batch reaches the next stage.
@@ -126,7 +126,7 @@ impl Stage {
                     // Loaded ahead, and kept.
                     (Mode::Resident, 0) => clock.loaded += sweep.loads[0],
                     (Mode::Resident, _) => {}
-                    (Mode::Streamed, _) => clock.loaded += sweep.loads[number.min(1)],
+                    (Mode::Streamed | Mode::Spilled, _) => clock.loaded += sweep.loads[number.min(1)],
                 }
                 clock.now = clock.now.max(clock.loaded);
                 if self.mode == Mode::Streamed {

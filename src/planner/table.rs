@@ -10,6 +10,7 @@ impl fmt::Display for Mode {
         f.pad(match self {
             Mode::Resident => "resident",
             Mode::Streamed => "streamed",
+            Mode::Spilled => "spilled",
         })
     }
 }

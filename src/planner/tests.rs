@@ -36,7 +36,14 @@ pub(super) fn model(layers: usize) -> ModelCost {
 }
 
 pub(super) fn work() -> Work {
-    Work { tokens: 10_000, pairs: 0, micro_batches: 10, micro_batch_tokens: 1000, calibrates: true }
+    Work {
+        tokens: 10_000,
+        pairs: 0,
+        micro_batches: 10,
+        micro_batch_tokens: 1000,
+        calibrates: true,
+        spills: false,
+    }
 }
 
 /// A dense decoder in BF16: hidden size, intermediate size, width of keys and values, vocabulary.
@@ -84,6 +91,7 @@ fn default_work() -> Work {
         micro_batches: 21,
         micro_batch_tokens: 8192,
         calibrates: true,
+        spills: false,
     }
 }
 

@@ -1,6 +1,6 @@
 //! Where a rank's time went.
 
-/// Seconds by phase of one rank's walk. Quantizing and writing run beside the forward pass, so phases add up to
+/// Seconds by phase of one rank's walk, and how much it walked. Quantizing and writing run beside the forward pass, so phases add up to
 /// more than the total.
 #[derive(Clone, Copy, Debug, Default, PartialEq, serde::Serialize, serde::Deserialize)]
 pub struct Phases {
@@ -12,6 +12,8 @@ pub struct Phases {
     pub quantize: f64,
     /// Writing tensors, or handing them to rank 0.
     pub write: f64,
+    /// Micro-batches that were computed through a layer, counted once for each layer and each time.
+    pub passes: u64,
     /// From the first layer to the last byte.
     pub total: f64,
 }

@@ -1,9 +1,8 @@
 //! Runs that are stopped from outside, and what is left of them.
 
 use std::fs;
-use std::time::{Duration, Instant};
 
-use crate::support::{Distq, Running, Scene, digests, signal};
+use crate::support::{Distq, Scene, digests, signal};
 
 /// A scene whose run takes long enough to be caught in the middle.
 fn scene() -> Scene {
@@ -15,17 +14,6 @@ fn scene() -> Scene {
 
 fn quantize(scene: &Scene, out: &str) -> Distq {
     scene.quantize(out).args(["--method", "max", "--calib-samples", "100000"])
-}
-
-/// Waits until the journal has this many lines: the first says what the run is, the second is a part without a
-/// layer.
-fn until_journal_has(lines: usize, scene: &Scene, run: &Running) {
-    let journal = scene.path("out.partial/distq-journal.jsonl");
-    let started = Instant::now();
-    while fs::read_to_string(&journal).map_or(0, |text| text.lines().count()) < lines {
-        assert!(started.elapsed() < Duration::from_secs(40), "process {} finishes nothing", run.pid());
-        std::thread::sleep(Duration::from_millis(2));
-    }
 }
 
 /// The unfinished run is not taken for a finished one, and goes on to the same bytes.
@@ -46,7 +34,7 @@ fn signals_end_a_run_alone_with_exit_code_5() {
     for (name, text) in [("-TERM", "SIGTERM"), ("-INT", "SIGINT")] {
         let scene = scene();
         let run = quantize(&scene, "out").start();
-        until_journal_has(3, &scene, &run);
+        scene.until_finished(2, &run);
         signal(name, run.pid());
         let ended = run.wait();
         assert_eq!(ended.code, 5, "{}", ended.stderr);
@@ -60,7 +48,7 @@ fn a_signal_to_the_launcher_ends_all_ranks_with_one_message() {
     let scene = scene();
     let run = quantize(&scene, "out").ranks(3).start();
     // The launcher takes its time to pass a signal on.
-    until_journal_has(1, &scene, &run);
+    scene.until_finished(0, &run);
     signal("-TERM", run.pid());
     let ended = run.wait();
     assert_ne!(ended.code, 0);
@@ -73,7 +61,7 @@ fn a_signal_to_the_launcher_ends_all_ranks_with_one_message() {
 fn a_rank_that_is_killed_ends_the_job_which_goes_on_with_other_ranks() {
     let scene = scene();
     let run = quantize(&scene, "out").ranks(3).start();
-    until_journal_has(3, &scene, &run);
+    scene.until_finished(2, &run);
     signal("-KILL", run.rank(1));
     assert_ne!(run.wait().code, 0);
     resumes(&scene, 2);
@@ -84,7 +72,7 @@ fn a_silent_rank_ends_the_job_by_name() {
     for silent in [1, 0] {
         let scene = scene();
         let run = quantize(&scene, "out").args(["--link-timeout", "3"]).ranks(3).start();
-        until_journal_has(3, &scene, &run);
+        scene.until_finished(2, &run);
         let pid = run.rank(silent);
         signal("-STOP", pid);
         let ended = run.wait();
@@ -102,7 +90,7 @@ fn a_source_that_shrinks_is_named() {
     let scene = scene();
     let whole = fs::read(scene.weights()).unwrap();
     let run = quantize(&scene, "out").start();
-    until_journal_has(1, &scene, &run);
+    scene.until_finished(0, &run);
     fs::File::options().write(true).open(scene.weights()).unwrap().set_len(whole.len() as u64 / 3).unwrap();
     let ended = run.wait();
     assert_eq!(ended.code, 5, "{}", ended.stderr);

@@ -7,5 +7,6 @@ mod hosts;
 mod job;
 mod methods;
 mod ranks;
+mod resume;
 mod smollm2;
 mod support;

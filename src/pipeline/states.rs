@@ -1,0 +1,475 @@
+//! Hidden states in files under `--work-dir`: what a run keeps so that another can begin in the middle, and what
+//! has no room in memory.
+//!
+//! A file holds the hidden states of consecutive documents before a decoder layer: rows `[tokens, hidden]` in the
+//! compute dtype, then the blake3 of its name and its rows. The name says which run, layer and documents, so a file
+//! of another run, another place or a torn write is never taken. Files are written under another name and renamed.
+
+use std::fs::{self, File};
+use std::io::Write;
+use std::ops::Range;
+use std::os::unix::fs::FileExt;
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex};
+use std::thread::JoinHandle;
+
+use crossbeam_channel::{Receiver, Sender, bounded};
+
+use crate::backend::Compute;
+use crate::error::{Error, Result};
+use crate::units::binary;
+
+const PREFIX: &str = "distq-";
+const SUFFIX: &str = ".states";
+const UNFINISHED: &str = ".unfinished";
+/// Bytes that are read at a time; whole rows' elements.
+const READ: usize = 8 << 20;
+const DIGEST: usize = blake3::OUT_LEN;
+
+/// Micro-batches that may wait for the disk.
+const WAITING: usize = 2;
+
+/// The hidden states of consecutive documents before a layer.
+#[derive(Clone, Debug, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
+pub struct Kept {
+    /// The decoder layer that they go into.
+    pub layer: usize,
+    /// The documents.
+    pub documents: Range<usize>,
+}
+
+impl Kept {
+    /// Whether it holds these documents before this layer.
+    pub fn holds(&self, layer: usize, documents: &Range<usize>) -> bool {
+        self.layer == layer && self.covers(documents)
+    }
+
+    /// Whether it holds these documents.
+    pub fn covers(&self, documents: &Range<usize>) -> bool {
+        self.documents.start <= documents.start && documents.end <= self.documents.end
+    }
+}
+
+/// The kept hidden states of one run, as one rank sees them.
+pub struct States {
+    dir: PathBuf,
+    /// What files of this run begin with.
+    prefix: String,
+    compute: Compute,
+    /// Bytes of a token's hidden state.
+    row: usize,
+    /// Tokens before each document, and of all.
+    starts: Vec<usize>,
+    /// What can be read.
+    files: Arc<Mutex<Vec<Kept>>>,
+}
+
+/// Finds out whether hidden states can be kept in `dir`.
+///
+/// # Errors
+/// Exit code 5 where it is not there or refuses.
+pub fn check(dir: &Path) -> Result<()> {
+    if !dir.is_dir() {
+        return Err(Error::run("--work-dir is not a directory on this host")
+            .file(dir)
+            .fix("create it on every host, or name another"));
+    }
+    let probe = dir.join(format!("{PREFIX}probe-{}", std::process::id()));
+    let tried = fs::write(&probe, "x").and_then(|()| fs::remove_file(&probe));
+    tried.map_err(|e| failed("can't write in --work-dir", dir, e))
+}
+
+impl States {
+    /// The states of run `id` in `dir`, of documents of these lengths and `hidden` features. Removes what an earlier
+    /// process of this run did not finish, and says what other runs have left.
+    ///
+    /// # Errors
+    /// Exit code 5 where the directory can't be read.
+    pub fn open(dir: &Path, id: &str, compute: Compute, hidden: usize, lengths: &[usize]) -> Result<States> {
+        let mut starts = vec![0];
+        starts.extend(lengths.iter().scan(0, |sum, length| {
+            *sum += length;
+            Some(*sum)
+        }));
+        let states = States {
+            dir: dir.to_path_buf(),
+            prefix: format!("{PREFIX}{id}-"),
+            compute,
+            row: hidden * compute.bytes(),
+            starts,
+            files: Arc::default(),
+        };
+        states.remove(|name| name.ends_with(UNFINISHED))?;
+        let others: u64 = (states.names()?.iter())
+            .filter(|name| !name.starts_with(&states.prefix))
+            .map(|name| fs::metadata(dir.join(name)).map_or(0, |file| file.len()))
+            .sum();
+        if others > 0 {
+            tracing::warn!(
+                "{}: {} are hidden states of other runs, and not used; remove them if those are not to be resumed",
+                dir.display(),
+                binary(others),
+            );
+        }
+        Ok(states)
+    }
+
+    /// Reads through the files of this run that lie before one of `layers`, and returns the whole ones.
+    ///
+    /// # Errors
+    /// Exit code 5 where the directory can't be read; a damaged file is only a warning.
+    pub fn find(&self, layers: &Range<usize>) -> Result<Vec<Kept>> {
+        let mut found = Vec::new();
+        for name in self.names()? {
+            let Some(kept) = self.parse(&name).filter(|kept| layers.contains(&kept.layer)) else { continue };
+            match self.is_whole(&kept) {
+                Ok(true) => found.push(kept),
+                Ok(false) => {
+                    tracing::warn!(
+                        "{}: damaged hidden states, or with NaN, and not used",
+                        self.path(&kept).display()
+                    )
+                }
+                Err(e) => tracing::warn!("{}: not used: {e}", self.path(&kept).display()),
+            }
+        }
+        found.sort_by_key(|kept| (kept.layer, kept.documents.start));
+        self.lock().clone_from(&found);
+        Ok(found)
+    }
+
+    /// Removes what lies before one of `layers` and is not `wanted`.
+    ///
+    /// # Errors
+    /// Exit code 5 where the directory refuses.
+    pub fn retain(&self, layers: &Range<usize>, wanted: impl Fn(&Kept) -> bool) -> Result<()> {
+        self.lock().retain(&wanted);
+        self.remove(|name| {
+            self.parse(name).is_some_and(|kept| layers.contains(&kept.layer) && !wanted(&kept))
+        })
+    }
+
+    /// Removes everything of this run.
+    ///
+    /// # Errors
+    /// Exit code 5 where the directory refuses.
+    pub fn clear(&self) -> Result<()> {
+        self.lock().clear();
+        self.remove(|_| true)
+    }
+
+    /// Begins a file on a thread of its own. When it is complete, older states of its documents are removed but for
+    /// the newest: that may be before a layer which is not finished yet. Nothing at or before layer `protected` is
+    /// removed.
+    pub fn begin(&self, kept: Kept, protected: usize) -> Snapshot {
+        let (rows, incoming) = bounded(WAITING);
+        let writer = Writer {
+            path: self.path(&kept),
+            dir: self.dir.clone(),
+            prefix: self.prefix.clone(),
+            bytes: self.bytes(&kept.documents),
+            files: self.files.clone(),
+            protected,
+            kept,
+        };
+        Snapshot { rows, writer: std::thread::spawn(move || writer.run(&incoming)) }
+    }
+
+    /// Reads the hidden states of `documents` before `layer` into `bytes`, which is resized.
+    ///
+    /// # Errors
+    /// Exit code 5 where they are not there or can't be read.
+    pub fn read(&self, layer: usize, documents: &Range<usize>, bytes: &mut Vec<u8>) -> Result<()> {
+        let kept = self.lock().iter().find(|kept| kept.holds(layer, documents)).cloned();
+        let kept = kept.ok_or_else(|| Error::run(format!("no kept hidden states before layer {layer}")))?;
+        let path = self.path(&kept);
+        let before = self.bytes(&(kept.documents.start..documents.start));
+        bytes.resize(self.bytes(documents) as usize, 0);
+        let read = File::open(&path).and_then(|file| file.read_exact_at(bytes, before));
+        read.map_err(|e| failed("can't read hidden states", &path, e))
+    }
+
+    /// Bytes of these documents' rows.
+    fn bytes(&self, documents: &Range<usize>) -> u64 {
+        ((self.starts[documents.end] - self.starts[documents.start]) * self.row) as u64
+    }
+
+    /// Whether a file is what its name says. One with NaN or infinity is not taken: the health check ended that run,
+    /// and when the source has been repaired they are wrong.
+    fn is_whole(&self, kept: &Kept) -> std::io::Result<bool> {
+        let (file, bytes) = (File::open(self.path(kept))?, self.bytes(&kept.documents));
+        if file.metadata()?.len() != bytes + DIGEST as u64 {
+            return Ok(false);
+        }
+        let (mut digest, mut finite) = (seeded(&self.path(kept)), true);
+        let (mut rows, mut at) = (vec![0; READ], 0);
+        while at < bytes {
+            rows.truncate((bytes - at).min(READ as u64) as usize);
+            file.read_exact_at(&mut rows, at)?;
+            digest.update_rayon(&rows);
+            finite &= all_finite(&rows, self.compute);
+            at += rows.len() as u64;
+        }
+        let mut stored = [0; DIGEST];
+        file.read_exact_at(&mut stored, bytes)?;
+        Ok(finite && digest.finalize().as_bytes() == &stored)
+    }
+
+    fn path(&self, kept: &Kept) -> PathBuf {
+        path(&self.dir, &self.prefix, kept)
+    }
+
+    /// What a name of this run stands for.
+    fn parse(&self, name: &str) -> Option<Kept> {
+        let numbers = name.strip_prefix(&self.prefix)?.strip_suffix(SUFFIX)?;
+        let numbers: Vec<usize> = numbers.split('-').map(str::parse).collect::<Result<_, _>>().ok()?;
+        match numbers[..] {
+            [layer, start, end] if start < end && end < self.starts.len() => {
+                Some(Kept { layer, documents: start..end })
+            }
+            _ => None,
+        }
+    }
+
+    /// Names of hidden states in the directory, of this run and of others.
+    fn names(&self) -> Result<Vec<String>> {
+        let listed = fs::read_dir(&self.dir).map_err(|e| failed("can't list --work-dir", &self.dir, e))?;
+        let names = listed.filter_map(|entry| entry.ok()?.file_name().into_string().ok());
+        let ours = |name: &String| {
+            name.starts_with(PREFIX) && (name.ends_with(SUFFIX) || name.ends_with(UNFINISHED))
+        };
+        Ok(names.filter(ours).collect())
+    }
+
+    fn remove(&self, which: impl Fn(&str) -> bool) -> Result<()> {
+        for name in self.names()?.iter().filter(|name| name.starts_with(&self.prefix) && which(name)) {
+            remove(&self.dir.join(name)).map_err(|e| failed("can't remove", &self.dir.join(name), e))?;
+        }
+        Ok(())
+    }
+
+    fn lock(&self) -> std::sync::MutexGuard<'_, Vec<Kept>> {
+        self.files.lock().expect("no holder of this lock panics")
+    }
+}
+
+/// Hidden states on their way to a file.
+pub struct Snapshot {
+    rows: Sender<Vec<u8>>,
+    writer: JoinHandle<Result<()>>,
+}
+
+impl Snapshot {
+    /// Takes the rows of the next micro-batch; waits while others wait for the disk. Whether they are still wanted:
+    /// where not, [`Snapshot::finish`] says why.
+    pub fn take(&self, rows: Vec<u8>) -> bool {
+        self.rows.send(rows).is_ok()
+    }
+
+    /// Waits until all is written.
+    ///
+    /// # Errors
+    /// Exit code 5 where the disk refused.
+    pub fn finish(self) -> Result<()> {
+        drop(self.rows);
+        self.writer.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))
+    }
+}
+
+/// The thread behind a [`Snapshot`].
+struct Writer {
+    path: PathBuf,
+    dir: PathBuf,
+    prefix: String,
+    /// Of all rows.
+    bytes: u64,
+    files: Arc<Mutex<Vec<Kept>>>,
+    protected: usize,
+    kept: Kept,
+}
+
+impl Writer {
+    fn run(self, rows: &Receiver<Vec<u8>>) -> Result<()> {
+        let unfinished = self.path.with_extension(format!("{}{UNFINISHED}", std::process::id()));
+        let written = self.write(&unfinished, rows);
+        if matches!(written, Ok(true)) {
+            return self.supersede();
+        }
+        // What is not whole serves nobody; the first error is the one to report.
+        let _ = remove(&unfinished);
+        written.map(|_| ()).map_err(|e| failed("can't keep hidden states", &self.path, e))
+    }
+
+    /// Whether the file is complete: not where rows are missing because the run ended.
+    fn write(&self, unfinished: &Path, rows: &Receiver<Vec<u8>>) -> std::io::Result<bool> {
+        let mut file = File::create(unfinished)?;
+        let (mut digest, mut bytes) = (seeded(&self.path), 0);
+        for rows in rows {
+            digest.update(&rows);
+            file.write_all(&rows)?;
+            bytes += rows.len() as u64;
+        }
+        if bytes != self.bytes {
+            return Ok(false);
+        }
+        file.write_all(digest.finalize().as_bytes())?;
+        fs::rename(unfinished, &self.path)?;
+        Ok(true)
+    }
+
+    /// Enters the new file, and removes those that nobody needs any more.
+    fn supersede(&self) -> Result<()> {
+        let mut files = self.files.lock().expect("no holder of this lock panics");
+        let older = |kept: &Kept| kept.layer < self.kept.layer && self.kept.covers(&kept.documents);
+        let newest = files.iter().filter(|kept| older(kept)).map(|kept| kept.layer).max().unwrap_or(0);
+        let out = |kept: &Kept| older(kept) && kept.layer < newest && kept.layer > self.protected;
+        for kept in files.iter().filter(|kept| out(kept)) {
+            let path = path(&self.dir, &self.prefix, kept);
+            remove(&path).map_err(|e| failed("can't remove", &path, e))?;
+        }
+        files.retain(|kept| !out(kept) && *kept != self.kept);
+        files.push(self.kept.clone());
+        Ok(())
+    }
+}
+
+fn path(dir: &Path, prefix: &str, Kept { layer, documents }: &Kept) -> PathBuf {
+    dir.join(format!("{prefix}{layer}-{}-{}{SUFFIX}", documents.start, documents.end))
+}
+
+/// The digest of a file's name, to go on with its rows.
+fn seeded(path: &Path) -> blake3::Hasher {
+    let mut digest = blake3::Hasher::new();
+    digest.update(path.file_name().expect("files have names").as_encoded_bytes());
+    digest
+}
+
+fn all_finite(rows: &[u8], compute: Compute) -> bool {
+    // The exponent's bits are all set in what is not finite.
+    match compute {
+        Compute::Bf16 => rows.chunks_exact(2).all(|x| u16::from_le_bytes([x[0], x[1]]) & 0x7F80 != 0x7F80),
+        Compute::F32 => {
+            rows.chunks_exact(4).all(|x| f32::from_le_bytes([x[0], x[1], x[2], x[3]]).is_finite())
+        }
+    }
+}
+
+/// Removes a file; on a shared disk another rank may have been faster.
+fn remove(path: &Path) -> std::io::Result<()> {
+    match fs::remove_file(path) {
+        Err(e) if e.kind() == std::io::ErrorKind::NotFound => Ok(()),
+        removed => removed,
+    }
+}
+
+fn failed(what: &str, path: &Path, error: std::io::Error) -> Error {
+    Error::run(format!("{what}: {error}"))
+        .file(path)
+        .fix("free some space there or name another --work-dir, then use --resume")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const LENGTHS: [usize; 4] = [2, 3, 1, 4];
+
+    fn open(dir: &Path, id: &str) -> States {
+        States::open(dir, id, Compute::Bf16, 4, &LENGTHS).unwrap()
+    }
+
+    /// Rows that say which document they are of.
+    fn rows(documents: Range<usize>) -> Vec<u8> {
+        documents.flat_map(|document| vec![document as u8; LENGTHS[document] * 8]).collect()
+    }
+
+    fn keep(states: &States, layer: usize, documents: Range<usize>) {
+        let snapshot = states.begin(Kept { layer, documents: documents.clone() }, 0);
+        documents.for_each(|document| assert!(snapshot.take(rows(document..document + 1))));
+        snapshot.finish().unwrap();
+    }
+
+    fn layers(states: &States) -> Vec<usize> {
+        open(&states.dir, "a").find(&(0..100)).unwrap().iter().map(|kept| kept.layer).collect()
+    }
+
+    #[test]
+    fn what_was_kept_is_found_and_read_in_parts() {
+        let dir = tempfile::tempdir().unwrap();
+        keep(&open(dir.path(), "a"), 3, 1..4);
+        let states = open(dir.path(), "a");
+        assert_eq!(states.find(&(0..3)).unwrap(), []);
+        assert_eq!(states.find(&(3..4)).unwrap(), [Kept { layer: 3, documents: 1..4 }]);
+        let mut bytes = Vec::new();
+        for documents in [1..4, 2..3, 3..4] {
+            states.read(3, &documents, &mut bytes).unwrap();
+            assert_eq!(bytes, rows(documents));
+        }
+        assert!(states.read(3, &(0..2), &mut bytes).is_err());
+        states.clear().unwrap();
+        assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 0);
+    }
+
+    #[test]
+    fn damaged_renamed_foreign_and_short_files_are_not_taken() {
+        let dir = tempfile::tempdir().unwrap();
+        let states = open(dir.path(), "a");
+        let path = states.path(&Kept { layer: 3, documents: 0..4 });
+        let damage: [&dyn Fn(); 4] = [
+            &|| {
+                let mut bytes = fs::read(&path).unwrap();
+                bytes[7] ^= 1;
+                fs::write(&path, bytes).unwrap();
+            },
+            &|| fs::rename(&path, states.path(&Kept { layer: 4, documents: 0..4 })).unwrap(),
+            &|| fs::rename(&path, path.to_str().unwrap().replace("-a-", "-b-")).unwrap(),
+            &|| File::options().write(true).open(&path).unwrap().set_len(50).unwrap(),
+        ];
+        for (number, damage) in damage.iter().enumerate() {
+            keep(&states, 3, 0..4);
+            damage();
+            assert_eq!(layers(&states), Vec::<usize>::new(), "{number}");
+            states.clear().unwrap();
+        }
+    }
+
+    #[test]
+    fn the_two_newest_stay() {
+        let dir = tempfile::tempdir().unwrap();
+        let states = open(dir.path(), "a");
+        keep(&states, 1, 0..2);
+        keep(&states, 1, 2..4);
+        for layer in 2..6 {
+            keep(&states, layer, 0..4);
+            let expected = if layer == 2 { vec![1, 1, 2] } else { vec![layer - 1, layer] };
+            assert_eq!(layers(&states), expected);
+        }
+        // Other documents, and what a later sweep starts from, are left alone.
+        keep(&states, 7, 0..2);
+        assert_eq!(layers(&states), [4, 5, 7]);
+        let snapshot = states.begin(Kept { layer: 8, documents: 0..4 }, 5);
+        assert!(snapshot.take(rows(0..4)));
+        snapshot.finish().unwrap();
+        assert_eq!(layers(&states), [4, 5, 7, 8]);
+    }
+
+    #[test]
+    fn half_a_file_leaves_nothing_and_nan_is_not_taken() {
+        let dir = tempfile::tempdir().unwrap();
+        let states = open(dir.path(), "a");
+        for (bytes, files) in [(rows(0..2), 0), (vec![0xFF; rows(0..4).len()], 1)] {
+            let snapshot = states.begin(Kept { layer: 1, documents: 0..4 }, 0);
+            snapshot.take(bytes);
+            snapshot.finish().unwrap();
+            assert_eq!(fs::read_dir(dir.path()).unwrap().count(), files);
+            assert_eq!(layers(&states), Vec::<usize>::new());
+        }
+    }
+
+    #[test]
+    fn a_directory_that_is_not_there_is_refused() {
+        let dir = tempfile::tempdir().unwrap();
+        check(dir.path()).unwrap();
+        assert_eq!(check(&dir.path().join("no")).unwrap_err().exit, crate::error::ExitCode::Run);
+    }
+}

@@ -1,0 +1,159 @@
+//! What a sweep does besides computing.
+
+use crossbeam_channel::{Sender, bounded};
+
+use super::finish::{Finished, Inputs};
+use super::journal::{Observed, PartId};
+use super::messages::Event;
+use super::stage::{Stage, send};
+use super::statistics::{Gathering, LayerSums};
+use crate::backend::Solver;
+use crate::error::Result;
+use crate::model::{LayerWeights, Site};
+
+/// A sweep over a stage's slice.
+pub trait Sweep<B: Solver> {
+    /// Takes a site's input.
+    fn observe(&mut self, layer: usize, micro_batch: usize, site: Site, x: &B::Tensor) -> Result<()>;
+    /// Whether a layer is wanted when every micro-batch has passed it.
+    fn completes(&self, layer: usize) -> bool;
+    /// Takes such a layer.
+    fn complete(&mut self, layer: usize, weights: LayerWeights<B::Tensor>) -> Result<()>;
+    /// Hears that layers before `layer` have seen the first `documents` documents.
+    fn seen(&mut self, layer: usize, documents: usize) -> Result<()>;
+}
+
+/// Maximum by site; layers are finished as they come.
+pub struct Maxima<'a, B: Solver> {
+    stage: &'a Stage<'a, B>,
+    amax: B::Amax,
+    /// Documents that rank 0 has been told of, through the whole slice.
+    told: usize,
+    finisher: &'a Sender<Finished<B>>,
+}
+
+/// Rank 0 hears of maxima when so many parts of all documents are new.
+const NEWS: usize = 64;
+
+impl<'a, B: Solver> Maxima<'a, B> {
+    pub fn new(stage: &'a Stage<'a, B>, finisher: &'a Sender<Finished<B>>) -> Result<Maxima<'a, B>> {
+        let amax = stage.backend.amax(stage.slice.len() * Site::ALL.len())?;
+        Ok(Maxima { stage, amax, told: 0, finisher })
+    }
+
+    /// `max |x|` by site of a layer, an earlier process's included, from all that were read.
+    fn maxima(&self, read: &[f32], layer: usize) -> [f32; 4] {
+        let slot = (layer - self.stage.slice.start) * Site::ALL.len();
+        let before = self.stage.job.observed.get(&layer).map_or([0.0; 4], |observed| observed.maxima);
+        // What was recorded is finite; a NaN of now must stay one.
+        std::array::from_fn(|site| {
+            let now = read[slot + site];
+            if now < before[site] { before[site] } else { now }
+        })
+    }
+}
+
+impl<B: Solver> Sweep<B> for Maxima<'_, B> {
+    fn observe(&mut self, layer: usize, _: usize, site: Site, x: &B::Tensor) -> Result<()> {
+        let slot = (layer - self.stage.slice.start) * Site::ALL.len() + site as usize;
+        self.stage.backend.observe(x, &mut self.amax, slot)
+    }
+
+    fn completes(&self, layer: usize) -> bool {
+        !self.stage.job.is_finished(PartId::Layer(layer))
+    }
+
+    fn complete(&mut self, layer: usize, weights: LayerWeights<B::Tensor>) -> Result<()> {
+        let maxima = self.maxima(&self.stage.backend.read_amax(&self.amax)?, layer);
+        send(self.finisher, Finished::Layer { layer, weights, inputs: Inputs::Maxima(maxima.to_vec()) })
+    }
+
+    fn seen(&mut self, layer: usize, documents: usize) -> Result<()> {
+        let Stage { backend, job, slice, outbox, .. } = self.stage;
+        let (whole, all) = (layer == slice.end, job.lengths.len());
+        if whole && documents < all && (documents - self.told) * NEWS < all {
+            return Ok(());
+        }
+        let read = backend.read_amax(&self.amax)?;
+        for layer in (slice.start..layer).filter(|&layer| self.completes(layer)) {
+            let before = job.observed.get(&layer).map_or(0, |observed| observed.documents);
+            let (documents, maxima) = (documents.max(before), self.maxima(&read, layer));
+            // What is not finite ends the run, and can't be written as JSON.
+            if maxima.iter().all(|x| x.is_finite()) {
+                outbox.event(Event::Observed(Observed { layer, documents, maxima }))?;
+            }
+        }
+        if whole {
+            self.told = documents;
+        }
+        Ok(())
+    }
+}
+
+/// Computes, and nothing else.
+pub struct Forward;
+
+impl<B: Solver> Sweep<B> for Forward {
+    fn observe(&mut self, _: usize, _: usize, _: Site, _: &B::Tensor) -> Result<()> {
+        Ok(())
+    }
+
+    fn completes(&self, _: usize) -> bool {
+        false
+    }
+
+    fn complete(&mut self, _: usize, _: LayerWeights<B::Tensor>) -> Result<()> {
+        Ok(())
+    }
+
+    fn seen(&mut self, _: usize, _: usize) -> Result<()> {
+        Ok(())
+    }
+}
+
+/// Full statistics, one layer at a time.
+pub struct Statistics<'a, B: Solver> {
+    stage: &'a Stage<'a, B>,
+    gathering: Gathering<'a, B>,
+    sums: Option<LayerSums<B>>,
+    finisher: &'a Sender<Finished<B>>,
+}
+
+impl<'a, B: Solver> Statistics<'a, B> {
+    pub fn new(stage: &'a Stage<'a, B>, finisher: &'a Sender<Finished<B>>) -> Result<Statistics<'a, B>> {
+        let gathering = Gathering::new(stage.backend, stage.job)?;
+        Ok(Statistics { stage, gathering, sums: None, finisher })
+    }
+}
+
+impl<B: Solver> Sweep<B> for Statistics<'_, B> {
+    fn observe(&mut self, layer: usize, micro_batch: usize, site: Site, x: &B::Tensor) -> Result<()> {
+        let job = self.stage.job;
+        if job.is_finished(PartId::Layer(layer)) {
+            return Ok(());
+        }
+        if self.sums.is_none() {
+            self.sums = Some(self.gathering.layer(&job.model)?);
+        }
+        let sums = self.sums.as_mut().expect("just made");
+        self.gathering.take(micro_batch, site, x, job.model.site_features(site), sums)
+    }
+
+    fn completes(&self, layer: usize) -> bool {
+        !self.stage.job.is_finished(PartId::Layer(layer))
+    }
+
+    fn complete(&mut self, layer: usize, weights: LayerWeights<B::Tensor>) -> Result<()> {
+        let Some(sums) = self.sums.take() else { return Ok(()) };
+        // One layer's statistics at a time: they are larger than its weights.
+        let (solving, solved) = bounded(0);
+        let inputs = Inputs::Statistics(Box::new(self.gathering.finish(sums)?), solving);
+        send(self.finisher, Finished::Layer { layer, weights, inputs })?;
+        let _ = solved.recv();
+        Ok(())
+    }
+
+    fn seen(&mut self, _: usize, _: usize) -> Result<()> {
+        Ok(())
+    }
+}
