@@ -290,7 +290,9 @@ impl Slice {
             (fill, (forward + solving).max(reading + write))
         } else {
             let again = if mode == Mode::Resident { 0 } else { groups * again };
-            let fill = if mode == Mode::Resident { forward } else { forward.max(reading) };
+            // Nothing comes before the first stage for which it could load ahead.
+            let loads_ahead = mode == Mode::Resident && self.layers.start > 0;
+            let fill = if loads_ahead { forward } else { forward.max(reading) };
             let last = (forward + groups * solving).max(again + groups * write);
             (fill, forward.max(reading) + (groups - 2) * forward.max(again) + last)
         };
