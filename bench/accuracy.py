@@ -3,7 +3,7 @@
     python bench/accuracy.py        (make third-party first: it makes the peers' checkpoints)
 
 Everything is measured by `distq eval` on text that calibrated nothing; bench/third_party.py holds what Transformers
-says. Writes bench/results/accuracy.md.
+says, bench/agreement.py that the two agree. Writes the table in bench/results/accuracy.md and keeps the text below it.
 """
 
 import json
@@ -63,7 +63,7 @@ def write(evaluation: dict, names: list[str]) -> None:
     lines = [
         "# Methods side by side", "",
         f"SmolLM2-135M-Instruct in NVFP4, scored by `distq eval` on {source['tokens']} held-out tokens in windows of",
-        f"{evaluation['window_tokens']}; KL to the BF16 source in nats a token. {machine()}. Each set is 16 documents of",
+        f"{evaluation['window_tokens']}, computed in {evaluation['compute']}; KL to the BF16 source in nats a token. {machine()}. Each set is 16 documents of",
         "512 tokens, the same for every program. Made by `bench/accuracy.py`.", "",
         "| method | perplexity | log gap to the source | mean KL | p99 KL | top-1 |", "|---|---|---|---|---|---|",
         f"| BF16 source | {source['perplexity']:.3f} | | | | |",
@@ -74,7 +74,9 @@ def write(evaluation: dict, names: list[str]) -> None:
         gap = log(m["perplexity"] / source["perplexity"])
         scores = f"{m['perplexity']:.3f} | {gap:.4f} | {m['mean_kl']:.4f} | {m['p99_kl']:.3f} | {m['top1']:.4f}"
         lines.append(f"| {name} | {scores} |")
-    (ROOT / "bench/results/accuracy.md").write_text("\n".join(lines) + "\n")
+    path = ROOT / "bench/results/accuracy.md"
+    _, says, prose = path.read_text().partition("\nWhat it says:")
+    path.write_text("\n".join(lines) + "\n" + says + prose)
     print("\n".join(lines))
 
 
