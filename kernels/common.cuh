@@ -31,3 +31,14 @@ __device__ __forceinline__ Element round_to_element(float x) { return x; }
 
 // What storing a value would make of it.
 __device__ __forceinline__ float rounded(float x) { return get(round_to_element(x)); }
+
+// N neighbouring elements, loaded and stored at a time. Accesses narrower than sixteen bytes leave memory idle, so
+// kernels take PACK elements where rows allow it.
+template <int N> struct __align__(N * sizeof(Element)) Several {
+    Element at[N];
+};
+constexpr int PACK = 16 / sizeof(Element);
+typedef Several<PACK> Pack;
+
+// The number of this thread in the grid.
+__device__ __forceinline__ u64 thread_of_grid() { return (u64)blockIdx.x * blockDim.x + threadIdx.x; }

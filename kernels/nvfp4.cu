@@ -4,9 +4,13 @@
 // maximum keeps NaN, and its result does not depend on the order of blocks.
 extern "C" __global__ void amax(const Element *x, u64 n, u32 *slot) {
     u32 top = 0;
-    u64 stride = (u64)gridDim.x * blockDim.x;
-    for (u64 i = (u64)blockIdx.x * blockDim.x + threadIdx.x; i < n; i += stride)
-        top = max(top, __float_as_uint(get(x[i])) & 0x7FFFFFFF);
+    u64 first = thread_of_grid(), stride = (u64)gridDim.x * blockDim.x, packs = n / PACK;
+    for (u64 i = first; i < packs; i += stride) {
+        Pack pack = ((const Pack *)x)[i];
+#pragma unroll
+        for (int j = 0; j < PACK; j++) top = max(top, __float_as_uint(get(pack.at[j])) & 0x7FFFFFFF);
+    }
+    for (u64 i = packs * PACK + first; i < n; i += stride) top = max(top, __float_as_uint(get(x[i])) & 0x7FFFFFFF);
     for (int lanes = 16; lanes > 0; lanes /= 2) top = max(top, __shfl_xor_sync(0xFFFFFFFF, top, lanes));
     if (threadIdx.x % 32 == 0) atomicMax(slot, top);
 }
@@ -34,13 +38,18 @@ __device__ __forceinline__ float e4m3_value(u8 byte) {
 // One thread a block of 16: eight bytes of codes and a scale. Divisions are correctly rounded (no fast math),
 // which makes the bytes those of the CPU.
 extern "C" __global__ void quantize(const Element *w, u64 blocks, float global, u64 *codes, u8 *scales) {
-    u64 block = (u64)blockIdx.x * blockDim.x + threadIdx.x;
+    u64 block = thread_of_grid();
     if (block >= blocks) return;
     float x[16];
     u32 top = 0;
-    for (int i = 0; i < 16; i++) {
-        x[i] = get(w[block * 16 + i]);
-        top = max(top, __float_as_uint(x[i]) & 0x7FFFFFFF);
+#pragma unroll
+    for (int p = 0; p < 16 / PACK; p++) {
+        Pack pack = ((const Pack *)w)[block * (16 / PACK) + p];
+#pragma unroll
+        for (int j = 0; j < PACK; j++) {
+            x[p * PACK + j] = get(pack.at[j]);
+            top = max(top, __float_as_uint(x[p * PACK + j]) & 0x7FFFFFFF);
+        }
     }
     float s = __fdiv_rn(__uint_as_float(top), 6.0f * global);
     s = s == 0 ? 1.0f : s;
@@ -52,17 +61,30 @@ extern "C" __global__ void quantize(const Element *w, u64 blocks, float global, 
     scales[block] = scale;
 }
 
-// amax[c] = max(amax[c], max |x[.][c]|) and squares[c] += sum of x[.][c]^2; one thread a channel, rows in order,
-// so sums depend on nothing else. Limited by memory: neighbouring threads read neighbouring channels.
-extern "C" __global__ void channel_sums(const Element *x, int rows, int cols, u32 *amax, float *squares) {
-    int channel = blockIdx.x * blockDim.x + threadIdx.x;
-    if (channel >= cols) return;
-    u32 top = amax[channel];
+// amax[c] = max(amax[c], max |x[.][c]|) and squares[c] += sum of x[.][c]^2. A block takes 32 channels; each of its 16
+// warps sums every sixteenth row, and the warps' sums are added in order, so sums depend on nothing else. Limited by
+// memory: a warp reads neighbouring channels, and sixteen of them keep enough reads on their way.
+extern "C" __global__ void __launch_bounds__(512) channel_sums(const Element *x, int rows, int cols, u32 *amax, float *squares) {
+    __shared__ u32 tops[16][32];
+    __shared__ float sums[16][32];
+    int lane = threadIdx.x % 32, warp = threadIdx.x / 32, channel = blockIdx.x * 32 + lane;
+    u32 top = 0;
     float sum = 0;
-    for (int row = 0; row < rows; row++) {
-        float value = fabsf(get(x[(u64)row * cols + channel]));
+#pragma unroll 4
+    for (int row = warp; row < rows; row += 16) {
+        float value = channel < cols ? fabsf(get(x[(u64)row * cols + channel])) : 0;
         top = max(top, __float_as_uint(value));
         sum += value * value;
+    }
+    tops[warp][lane] = top;
+    sums[warp][lane] = sum;
+    __syncthreads();
+    if (warp != 0 || channel >= cols) return;
+    top = amax[channel];
+    sum = 0;
+    for (int w = 0; w < 16; w++) {
+        top = max(top, tops[w][lane]);
+        sum += sums[w][lane];
     }
     amax[channel] = top;
     squares[channel] += sum;
@@ -71,7 +93,7 @@ extern "C" __global__ void channel_sums(const Element *x, int rows, int cols, u3
 // Quantizes and dequantizes inputs in place as engines do: a block scale E4M3(min(448, divisor * (amax / 6))), a
 // block whose scale rounds to zero becomes zero. One thread a block of 16.
 extern "C" __global__ void quantize_input(Element *x, u64 blocks, float divisor) {
-    u64 block = (u64)blockIdx.x * blockDim.x + threadIdx.x;
+    u64 block = thread_of_grid();
     if (block >= blocks) return;
     Element *at = x + block * 16;
     float top = 0;

@@ -4,20 +4,20 @@
 #define TILE 64
 
 extern "C" __global__ void widen_bf16(const u16 *x, u64 n, float *out) {
-    u64 i = (u64)blockIdx.x * blockDim.x + threadIdx.x;
+    u64 i = thread_of_grid();
     if (i < n) out[i] = __uint_as_float((u32)x[i] << 16);
 }
 
 // out[i][j] = x[i][j] * (rows[i] * columns[j]); a missing factor is 1. `out` may be `x`.
 extern "C" __global__ void scale(const float *x, u64 n, int cols, const float *rows, const float *columns, float *out) {
-    u64 i = (u64)blockIdx.x * blockDim.x + threadIdx.x;
+    u64 i = thread_of_grid();
     if (i >= n) return;
     float factor = rows ? rows[i / cols] : 1.0f;
     out[i] = x[i] * (columns ? factor * columns[i % cols] : factor);
 }
 
 extern "C" __global__ void divide(const float *x, u64 n, int cols, const float *by, float *out) {
-    u64 i = (u64)blockIdx.x * blockDim.x + threadIdx.x;
+    u64 i = thread_of_grid();
     if (i < n) out[i] = x[i] / by[i % cols];
 }
 
@@ -48,7 +48,7 @@ extern "C" __global__ void distance(const float *a, const float *b, u64 n, doubl
     __shared__ double error[256], norm[256];
     double e = 0, s = 0;
     u64 stride = (u64)gridDim.x * blockDim.x;
-    for (u64 i = (u64)blockIdx.x * blockDim.x + threadIdx.x; i < n; i += stride) {
+    for (u64 i = thread_of_grid(); i < n; i += stride) {
         double difference = a[i] - b[i], value = b[i];
         e += difference * difference;
         s += value * value;
@@ -213,7 +213,7 @@ extern "C" __global__ void cholesky_tile(float *l, int n, int first, int width, 
 
 // Puts a panel [rows][width] at its place in a matrix of n columns.
 extern "C" __global__ void place(const float *panel, u64 elements, int width, int n, float *to) {
-    u64 i = (u64)blockIdx.x * blockDim.x + threadIdx.x;
+    u64 i = thread_of_grid();
     if (i < elements) to[i / width * n + i % width] = panel[i];
 }
 

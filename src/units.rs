@@ -55,6 +55,22 @@ pub fn parse_bytes(text: &str) -> Result<u64> {
     if bytes >= 1.0 && bytes < u64::MAX as f64 { Ok(bytes as u64) } else { Err(wrong()) }
 }
 
+/// Reads the rate of a link in bits a second (`2.5Gbit`, `100Mbit`) as bytes a second.
+///
+/// # Errors
+/// Exit code 2 with the accepted forms.
+pub fn parse_link(text: &str) -> Result<f64> {
+    let wrong = || Error::usage(format!("{text:?} is not the rate of a link")).fix("write it like 2.5Gbit");
+    let digits = text.find(|c: char| !c.is_ascii_digit() && c != '.').unwrap_or(text.len());
+    let (number, unit) = text.split_at(digits);
+    let factor = match unit.trim().to_ascii_lowercase().as_str() {
+        "mbit" => 1e6,
+        "gbit" => 1e9,
+        _ => return Err(wrong()),
+    };
+    number.parse().ok().filter(|&n: &f64| n > 0.0).map(|n| n * factor / 8.0).ok_or_else(wrong)
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -72,6 +88,15 @@ mod tests {
         }
         for text in ["", "GB", "5XB", "-1GB", "0", "1e400GB"] {
             assert!(parse_bytes(text).is_err(), "{text}");
+        }
+    }
+
+    #[test]
+    fn links_are_read_in_bits_a_second() {
+        assert_eq!(parse_link("2.5Gbit").unwrap(), 312_500_000.0);
+        assert_eq!(parse_link("100 mbit").unwrap(), 12_500_000.0);
+        for text in ["", "10", "0Gbit", "Gbit", "1GB"] {
+            assert!(parse_link(text).is_err(), "{text}");
         }
     }
 

@@ -1,7 +1,11 @@
-"""llm-compressor's NVFP4 (W4A4) of a checkpoint:   run_llmcompressor.py SOURCE CALIB.jsonl OUT [gptq]"""
+"""llm-compressor's NVFP4 (W4A4) of a checkpoint:   run_llmcompressor.py SOURCE CALIB.jsonl OUT [gptq]
+
+On a GPU where there is one. Ends with a line of seconds: loading, calibrating, exporting."""
 
 import json
 import sys
+import time
+from pathlib import Path
 
 import torch
 from datasets import Dataset
@@ -11,15 +15,23 @@ from llmcompressor.modifiers.quantization import QuantizationModifier
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 source, calib, out, *method = sys.argv[1:]
+times = [time.monotonic()]
 model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.bfloat16)
+times.append(time.monotonic())
 rows = [json.loads(line) for line in open(calib)]
 rows = [row | {"attention_mask": [1] * len(row["input_ids"])} for row in rows]
 Modifier = GPTQModifier if method == ["gptq"] else QuantizationModifier
 recipe = Modifier(targets="Linear", scheme="NVFP4", ignore=["lm_head"])
-tokenizer = AutoTokenizer.from_pretrained(source)
+# A checkpoint of random weights has no tokenizer; token ids need none.
+tokenizer = AutoTokenizer.from_pretrained(source) if (Path(source) / "tokenizer.json").exists() else None
 oneshot(
-    model=model, dataset=Dataset.from_list(rows), recipe=recipe, tokenizer=tokenizer, max_seq_length=512,
-    num_calibration_samples=len(rows), shuffle_calibration_samples=False,
+    model=model, dataset=Dataset.from_list(rows), recipe=recipe, tokenizer=tokenizer,
+    max_seq_length=max(len(row["input_ids"]) for row in rows), num_calibration_samples=len(rows),
+    shuffle_calibration_samples=False,
 )
+times.append(time.monotonic())
 model.save_pretrained(out, save_compressed=True)
-tokenizer.save_pretrained(out)
+times.append(time.monotonic())
+if tokenizer:
+    tokenizer.save_pretrained(out)
+print("seconds", *(round(b - a, 2) for a, b in zip(times, times[1:])))

@@ -66,14 +66,6 @@ impl Device {
         }
     }
 
-    /// Measured FLOP/s of matrix products.
-    pub fn probe(&self) -> Result<f64> {
-        match self {
-            Device::Cpu(cpu) => Ok(cpu.probe()),
-            Device::Cuda(cuda) => cuda.probe(),
-        }
-    }
-
     /// Tokens of a micro-batch: as many as keep the device's matrix products at their full rate.
     pub fn micro_batch_tokens(&self) -> usize {
         match self {

@@ -16,17 +16,41 @@ mod solver;
 pub use device::{Device, DeviceChoice, OnBackend};
 pub use solver::{Columns, Solver};
 
+use std::fmt;
+use std::str::FromStr;
+
 use crate::checkpoint::SourceTensor;
-use crate::error::Result;
+use crate::error::{Error, Result};
 
 /// The dtype of activations.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Compute {
-    /// BF16 activations, rounded where the reference implementation rounds. For BF16 checkpoints.
+    /// BF16 activations, rounded where the reference implementation rounds. Calibration of BF16 checkpoints.
     Bf16,
-    /// F32 activations. For F32 and F16 checkpoints, whose weights are exact in f32.
+    /// F32 activations. Calibration of F32 and F16 checkpoints, whose weights are exact in f32, and evaluation.
     F32,
+}
+
+impl FromStr for Compute {
+    type Err = Error;
+
+    fn from_str(text: &str) -> Result<Compute> {
+        match text {
+            "bf16" => Ok(Compute::Bf16),
+            "f32" => Ok(Compute::F32),
+            other => Err(Error::usage(format!("nothing computes in {other:?}")).fix("use bf16 or f32")),
+        }
+    }
+}
+
+impl fmt::Display for Compute {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Compute::Bf16 => "bf16",
+            Compute::F32 => "f32",
+        })
+    }
 }
 
 impl Compute {

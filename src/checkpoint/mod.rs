@@ -7,6 +7,7 @@ mod header;
 mod layout;
 mod output;
 mod placement;
+mod sample;
 mod sidefiles;
 mod source;
 mod writer;

@@ -40,8 +40,8 @@ pub struct Checkpoint {
     pub files: Vec<PathBuf>,
     /// Every tensor by name.
     pub tensors: BTreeMap<String, Entry>,
-    handles: Vec<Arc<File>>,
-    lengths: Vec<u64>,
+    pub(super) handles: Vec<Arc<File>>,
+    pub(super) lengths: Vec<u64>,
     mapped: Mutex<BTreeSet<String>>,
 }
 
@@ -139,6 +139,45 @@ impl Checkpoint {
             checkpoint.check_index(&index_path, &map, &names)?;
         }
         Ok(checkpoint)
+    }
+
+    /// A checkpoint that has no weights yet: the tensors that its config.json stands for, in the dtype that it
+    /// names (BF16 where it names none). Good for planning, and nothing can be read from it.
+    pub fn described(
+        dir: &Path,
+        config: Map<String, Value>,
+        shapes: Vec<(String, Vec<usize>)>,
+    ) -> Checkpoint {
+        let named = config.get("dtype").or(config.get("torch_dtype")).and_then(Value::as_str);
+        let (dtype, size) = match named {
+            Some("float32") => (Dtype::F32, 4),
+            Some("float16") => (Dtype::F16, 2),
+            _ => (Dtype::BF16, 2),
+        };
+        let entry = |shape: Vec<usize>| {
+            let bytes = (shape.iter().product::<usize>() * size) as u64;
+            Entry { file: 0, dtype, shape, offset: 0, bytes }
+        };
+        Checkpoint {
+            dir: dir.to_path_buf(),
+            config,
+            files: vec![dir.join("model.safetensors")],
+            tensors: shapes.into_iter().map(|(name, shape)| (name, entry(shape))).collect(),
+            handles: vec![],
+            lengths: vec![],
+            mapped: Mutex::default(),
+        }
+    }
+
+    /// config.json of a directory, and whether there are weights beside it.
+    ///
+    /// # Errors
+    /// Exit code 3 where there is no directory or no config.json.
+    pub fn config(dir: &Path) -> Result<(Map<String, Value>, bool)> {
+        let dir = snapshot(dir)?;
+        let weights = ["model.safetensors", "model.safetensors.index.json"];
+        let config = read_object(&dir.join("config.json"), "use a complete Hugging Face directory")?;
+        Ok((config, weights.iter().any(|name| dir.join(name).exists())))
     }
 
     fn add_file(&mut self, file: usize, path: &Path) -> Result<()> {

@@ -5,7 +5,9 @@ use std::io;
 use std::os::fd::AsRawFd;
 use std::os::unix::fs::{FileExt, MetadataExt};
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
+use crossbeam_channel::{Sender, unbounded};
 use rayon::prelude::*;
 
 use super::placement::{Placement, Slot};
@@ -19,7 +21,9 @@ const PART: usize = 16 << 20;
 #[derive(Debug)]
 pub struct OutputFiles {
     placement: Placement,
-    files: Vec<(PathBuf, File)>,
+    files: Vec<(PathBuf, Arc<File>)>,
+    /// To the thread that sets the disk to work; it ends with the last sender.
+    written: Sender<(Arc<File>, Slot)>,
 }
 
 impl OutputFiles {
@@ -51,13 +55,18 @@ impl OutputFiles {
         let open = |name: &str| {
             let path = dir.join(name);
             let file = options.open(&path).map_err(|e| failed("can't open for writing", &path, e))?;
-            Ok((path, file))
+            Ok((path, Arc::new(file)))
         };
         let files = placement.shards.iter().map(|shard| open(&shard.file_name)).collect::<Result<_>>()?;
-        Ok(OutputFiles { placement: placement.clone(), files })
+        let (written, ranges) = unbounded::<(Arc<File>, Slot)>();
+        std::thread::Builder::new()
+            .name("write-back".into())
+            .spawn(move || ranges.iter().for_each(|(file, slot)| start_writing_back(&file, slot)))
+            .map_err(|e| Error::run(format!("can't start a thread: {e}")))?;
+        Ok(OutputFiles { placement: placement.clone(), files, written })
     }
 
-    fn place(&self, name: &str) -> Result<(&Path, &File, Slot)> {
+    fn place(&self, name: &str) -> Result<(&Path, &Arc<File>, Slot)> {
         let slot = self
             .placement
             .slot(name)
@@ -79,13 +88,11 @@ impl OutputFiles {
         // Several threads: one alone copies into the page cache at a fraction of a fast disk's rate.
         let parts = bytes.par_chunks(PART).enumerate();
         parts
-            .try_for_each(|(i, part)| {
-                let at = slot.offset + (i * PART) as u64;
-                file.write_all_at(part, at)?;
-                start_writing_back(file, at, part.len());
-                Ok(())
-            })
-            .map_err(|e| failed("can't write", path, e).tensor(name))
+            .try_for_each(|(i, part)| file.write_all_at(part, slot.offset + (i * PART) as u64))
+            .map_err(|e| failed("can't write", path, e).tensor(name))?;
+        // Where that thread is gone, the sync at the end does it all.
+        let _ = self.written.send((file.clone(), slot));
+        Ok(())
     }
 
     /// Reads a tensor back.
@@ -106,16 +113,18 @@ impl OutputFiles {
 }
 
 /// Asks the system to begin with the disk's work now, while layers are being computed; the sync at the end then
-/// finds little left. Only advice: where it fails, the sync does it all.
-fn start_writing_back(file: &File, at: u64, bytes: usize) {
+/// finds little left. It waits where the disk has enough to do, so it has a thread of its own. Only advice: where it
+/// fails, the sync does it all.
+fn start_writing_back(file: &File, slot: Slot) {
     // SAFETY: the call reads nothing but its arguments, and the descriptor is open.
     unsafe {
-        libc::sync_file_range(file.as_raw_fd(), at as i64, bytes as i64, libc::SYNC_FILE_RANGE_WRITE);
+        let (at, bytes) = (slot.offset as i64, slot.bytes as i64);
+        libc::sync_file_range(file.as_raw_fd(), at, bytes, libc::SYNC_FILE_RANGE_WRITE);
     }
 }
 
 /// Compares what is still to be written with what is free: reserving would fill the disk before it fails.
-fn enough_space(dir: &Path, placement: &Placement, files: &[(PathBuf, File)]) -> Result<()> {
+fn enough_space(dir: &Path, placement: &Placement, files: &[(PathBuf, Arc<File>)]) -> Result<()> {
     let reserved: u64 = files.iter().filter_map(|(_, file)| Some(file.metadata().ok()?.blocks() * 512)).sum();
     let needed = placement.total_bytes().saturating_sub(reserved);
     match free_space(&files[0].1) {

@@ -2,7 +2,7 @@
 
 use std::path::PathBuf;
 
-use distq::backend::DeviceChoice;
+use distq::backend::{Compute, DeviceChoice};
 use distq::cluster::Cluster;
 use distq::error::Result;
 use distq::evaluation::{self, evaluate};
@@ -25,6 +25,9 @@ pub struct Args {
     /// Tokens of a window.
     #[arg(long, default_value_t = 512, value_name = "N", value_parser = clap::value_parser!(u64).range(2..))]
     window_tokens: u64,
+    /// Compute in f32, or in bf16 with the roundings of an engine.
+    #[arg(long, default_value = "f32", value_name = "DTYPE")]
+    compute: Compute,
     /// Where to compute: auto (a GPU for each rank that finds one), cpu or cuda.
     #[arg(long, default_value = "auto")]
     device: DeviceChoice,
@@ -43,6 +46,7 @@ pub fn run(args: &Args, cluster: &Cluster) -> Result<()> {
             text: args.text.clone(),
             windows: args.windows.map(|windows| windows as usize),
             window_tokens: args.window_tokens as usize,
+            compute: args.compute,
             device: args.device,
         },
     )?;

@@ -6,6 +6,7 @@ use distq::error::Result;
 use distq::model::ModelConfig;
 use distq::pipeline::{foresee, survey};
 use distq::planner::AssumedMachine;
+use distq::units::parse_link;
 
 use super::quantize::{CalibArgs, PlanArgs};
 
@@ -20,6 +21,10 @@ pub struct Args {
     /// memory, kind, and for a card its host's memory.
     #[arg(long, value_delimiter = ',', value_name = "SIZE:KIND,...")]
     nodes: Vec<AssumedMachine>,
+    /// With --nodes: their links, one value for all or one for each, e.g. 2.5Gbit. Two machines exchange hidden
+    /// states at the lower of theirs. Default: 10Gbit.
+    #[arg(long, value_delimiter = ',', value_parser = parse_link, value_name = "RATE,...", requires = "nodes")]
+    link: Vec<f64>,
     /// Print JSON.
     #[arg(long)]
     json: bool,
@@ -36,7 +41,7 @@ pub fn run(args: &Args, cluster: &Cluster) -> Result<()> {
     let plan = if args.nodes.is_empty() {
         survey(cluster, &options, |model| cluster.from_root(|| lengths(model)))?.plan
     } else {
-        cluster.from_root(|| foresee(&options, &args.nodes, lengths))?
+        cluster.from_root(|| foresee(&options, &args.nodes, &args.link, lengths))?
     };
     if cluster.is_root() {
         super::show(&plan, args.json);

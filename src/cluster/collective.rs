@@ -3,7 +3,7 @@
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 
-use super::{Cluster, Frame, Idle, Tag};
+use super::{Cluster, Frame, Tag};
 use crate::error::{Error, ExitCode, Result};
 
 impl Cluster {
@@ -103,7 +103,7 @@ impl Cluster {
     fn deliver(&self, peer: usize, frame: Frame) {
         let Some(transport) = &self.transport else { return };
         transport.send(peer, Tag::Collective, frame);
-        let mut idle = Idle::new();
+        let mut idle = self.idle();
         while transport.progress() > 0 {
             idle.wait();
         }
@@ -111,7 +111,7 @@ impl Cluster {
 
     fn receive_from(&self, peer: usize) -> Frame {
         let transport = self.transport.as_ref().expect("a job of one rank has no peers");
-        let mut idle = Idle::new();
+        let mut idle = self.idle();
         loop {
             if let Some(frame) = transport.poll_from(peer, Tag::Collective) {
                 return frame;

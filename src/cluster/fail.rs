@@ -28,6 +28,7 @@ impl Cluster {
         if self.is_root() {
             say(&error.to_string());
         }
+        super::signals::disregard();
         // A launcher kills the other ranks when the first one leaves with a failure: let rank 0 speak first.
         let _ = self.barrier();
         code

@@ -20,6 +20,8 @@ pub struct Machine {
     pub host: String,
     /// Threads that this rank computes with.
     pub threads: usize,
+    /// Threads of all ranks on this host for each of its cores, at least one.
+    pub crowding: f64,
     /// Bytes that this rank may use.
     pub memory: u64,
     /// Of which kind.
@@ -30,9 +32,12 @@ impl Machine {
     /// Looks at this host, which `local_size` ranks share. `chosen_memory` replaces what was found.
     pub fn here(host: &str, local_size: usize, chosen_memory: Option<u64>) -> Machine {
         let share = local_size.max(1);
+        let threads = threads(share);
+        let crowding = online_cores().map_or(1.0, |cores| (threads * share) as f64 / cores as f64);
         Machine {
             host: host.to_string(),
-            threads: threads(share),
+            threads,
+            crowding: crowding.max(1.0),
             memory: chosen_memory.unwrap_or_else(|| usable_memory() / share as u64),
             kind: MemoryKind::Host,
         }

@@ -7,6 +7,7 @@
 mod collective;
 mod fail;
 mod launch;
+mod link;
 mod machine;
 mod pump;
 mod signals;
@@ -135,19 +136,30 @@ impl Cluster {
 /// Waits without burning a core: ranks on one host share its cores with those that compute.
 struct Idle {
     pause: Duration,
+    longest: Duration,
+}
+
+/// The shortest pause.
+const PAUSE: Duration = Duration::from_micros(10);
+
+/// Ranks on one host that may look for messages every millisecond without the host having much to do: with more,
+/// each looks less often.
+const LOOKING: u32 = 16;
+
+impl Cluster {
+    fn idle(&self) -> Idle {
+        let ranks = self.local_size.get() as u32;
+        Idle { pause: PAUSE, longest: Duration::from_millis(1) * ranks.div_ceil(LOOKING) }
+    }
 }
 
 impl Idle {
-    fn new() -> Idle {
-        Idle { pause: Duration::from_micros(10) }
-    }
-
     fn wait(&mut self) {
         std::thread::sleep(self.pause);
-        self.pause = (self.pause * 2).min(Duration::from_millis(1));
+        self.pause = (self.pause * 2).min(self.longest);
     }
 
     fn reset(&mut self) {
-        *self = Idle::new();
+        self.pause = PAUSE;
     }
 }

@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 
 use crossbeam_channel::{Receiver, TryRecvError};
 
-use super::{Cluster, Frame, Idle, Tag};
+use super::{Cluster, Frame, Tag};
 use crate::error::{Error, ExitCode, Result};
 
 /// What a worker hands to the main thread.
@@ -59,7 +59,7 @@ impl Cluster {
         take: &mut dyn FnMut(Tag, usize, Frame) -> Result<Pumped>,
     ) -> Result<()> {
         let mut state = Pump::new(self, take);
-        let mut idle = Idle::new();
+        let mut idle = self.idle();
         loop {
             let mut moved = false;
             state.stay_alive()?;

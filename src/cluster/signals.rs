@@ -1,6 +1,7 @@
 //! SIGINT and SIGTERM (Ctrl-C, a batch system's time limit, preemption) end the whole job at once. What is in
 //! `OUT.partial/` can be resumed at any moment, so there is nothing to tidy up.
 
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use signal_hook::consts::{SIGINT, SIGTERM};
@@ -12,6 +13,15 @@ use crate::error::{Error, ExitCode, Result};
 
 /// A launcher passes a signal on to every rank; the others let rank 0 speak.
 const PATIENCE: Duration = Duration::from_secs(2);
+
+/// Whether the job has ended in order and signals no longer matter.
+static LEAVING: AtomicBool = AtomicBool::new(false);
+
+/// From here on signals are nobody's business: the job's end has been told, and a launcher that sees one rank leave
+/// with a failure sends the others a SIGTERM, which must not become a second message with another exit code.
+pub(super) fn disregard() {
+    LEAVING.store(true, Ordering::SeqCst);
+}
 
 /// Ends the job with exit code 5 when a signal asks for it.
 ///
@@ -25,6 +35,9 @@ pub(super) fn watch(cluster: &Cluster) -> Result<()> {
         let Some(signal) = signals.forever().next() else { return };
         if !is_root {
             std::thread::sleep(PATIENCE);
+        }
+        if LEAVING.load(Ordering::SeqCst) {
+            return;
         }
         let name = if signal == SIGINT { "SIGINT" } else { "SIGTERM" };
         say(&format!("{place}stopped by {name}; a quantize run goes on where it was with --resume"));

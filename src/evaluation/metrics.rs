@@ -6,7 +6,7 @@ use super::forward::Text;
 use super::weights::Weights;
 use super::{OnBackend, Solver};
 use crate::backend::cpu::exp;
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::report::Scores;
 use crate::simd::wide;
 
@@ -53,6 +53,9 @@ struct Token {
 }
 
 /// Scores every token of every window but the first, beside a reference's where there is one.
+///
+/// # Errors
+/// Exit code 3 where a prediction is NaN or infinite, and what the logits return.
 pub fn score(text: &Text, mine: Logits<'_>, reference: Option<Logits<'_>>) -> Result<Scores> {
     let mut tokens: Vec<Token> = Vec::new();
     for batch in 0..text.batches.len() {
@@ -70,6 +73,10 @@ pub fn score(text: &Text, mine: Logits<'_>, reference: Option<Logits<'_>>) -> Re
             });
             Token { nll: normal - mine[ids[i + 1] as usize] as f64, against }
         }));
+    }
+    if let Some(at) = tokens.iter().position(|token| !token.nll.is_finite()) {
+        return Err(Error::input(format!("prediction {at} of {} is NaN or infinite", tokens.len()))
+            .fix("check the checkpoint with distq verify: a scale or a weight overflows"));
     }
     let count = tokens.len() as f64;
     let mut divergences: Vec<f64> =
@@ -156,5 +163,9 @@ mod tests {
         assert_eq!(scores.top1, Some(0.0));
         let alone = score(&text, &|_| Ok(odds.clone()), None).unwrap();
         assert_eq!((alone.mean_kl, alone.top1), (None, None));
+        let mut broken = odds.clone();
+        broken[2] = f32::NAN;
+        let error = score(&text, &|_| Ok(broken.clone()), None).unwrap_err();
+        assert!(error.exit as i32 == 3 && error.to_string().contains("prediction 1 of 4"), "{error}");
     }
 }

@@ -11,7 +11,7 @@ mod weights;
 use std::path::{Path, PathBuf};
 use std::time::Instant;
 
-use crate::backend::{Backend, Device, DeviceChoice, OnBackend, Solver};
+use crate::backend::{Backend, Compute, Device, DeviceChoice, OnBackend, Solver};
 use crate::calibration::{MicroBatch, micro_batches, windows};
 use crate::cluster::{Cluster, Machine};
 use crate::error::{Error, Result};
@@ -33,6 +33,8 @@ pub struct Options {
     pub windows: Option<usize>,
     /// Tokens of a window; all but the first are scored.
     pub window_tokens: usize,
+    /// The dtype of activations, whatever that of the checkpoints.
+    pub compute: Compute,
     /// Where to compute.
     pub device: DeviceChoice,
 }
@@ -68,6 +70,7 @@ pub fn evaluate(cluster: &Cluster, options: &Options) -> Result<Evaluation> {
     }
     Ok(Evaluation {
         text: options.text.display().to_string(),
+        compute: options.compute,
         windows: windows.len(),
         window_tokens: options.window_tokens,
         reference: options.reference.as_ref().map(|path| path.display().to_string()),
@@ -88,7 +91,7 @@ struct Judged {
 impl Judged {
     fn new(cluster: &Cluster, options: &Options, path: &Path, text: &Text) -> Result<Judged> {
         let started = Instant::now();
-        let opened = Weights::open(path).and_then(|weights| {
+        let opened = Weights::open(path, options.compute).and_then(|weights| {
             let (ranks, layers) = (cluster.size(), weights.model.layers);
             if ranks > layers {
                 return Err(Error::plan(format!("{ranks} ranks for {layers} layers"))
@@ -126,7 +129,7 @@ impl Judged {
                     reference.with_logits(|theirs| metrics::score(text, mine, Some(theirs)))
                 }),
             };
-            scored.map(Some)
+            scored.map(Some).map_err(|error| error.file(&self.path))
         } else {
             Ok(None)
         };

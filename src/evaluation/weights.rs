@@ -5,7 +5,7 @@ use std::path::Path;
 use safetensors::Dtype;
 
 use crate::backend::Compute;
-use crate::checkpoint::{Checkpoint, Layout, SourceTensor, narrow};
+use crate::checkpoint::{Checkpoint, Layout, SourceTensor, narrow, widen};
 use crate::error::{Error, Result};
 use crate::model::{ModelConfig, Site};
 use crate::nvfp4::{BLOCK, GlobalScale, dequantize};
@@ -21,11 +21,11 @@ pub struct Weights {
 }
 
 impl Weights {
-    /// Opens a BF16, F16 or F32 checkpoint, or an NVFP4 one in either layout.
+    /// Opens a BF16, F16 or F32 checkpoint, or an NVFP4 one in either layout, to be computed with in `compute`.
     ///
     /// # Errors
     /// Exit code 3: anything that is not such a checkpoint.
-    pub fn open(dir: &Path) -> Result<Weights> {
+    pub fn open(dir: &Path, compute: Compute) -> Result<Weights> {
         let checkpoint = Checkpoint::open(dir)?;
         let model = ModelConfig::parse(&checkpoint.config)?;
         let ends_with = |suffix: &str| checkpoint.tensors.keys().any(|name| name.ends_with(suffix));
@@ -39,24 +39,20 @@ impl Weights {
             }
             _ => None,
         };
-        let wide = |dtype| matches!(dtype, Dtype::F16 | Dtype::F32);
-        let matrices = checkpoint.tensors.values().filter(|entry| entry.shape.len() == 2);
-        let compute =
-            if matrices.clone().any(|entry| wide(entry.dtype)) { Compute::F32 } else { Compute::Bf16 };
         Ok(Weights { checkpoint, model, compute, layout })
     }
 
-    /// A tensor as the forward pass wants it.
+    /// A tensor as the forward pass wants it: rounded to BF16 where that is what is computed in, exact in F32.
     ///
     /// # Errors
     /// Exit code 3 where it is missing or of another shape than its scales say.
     pub fn tensor(&self, name: &str) -> Result<SourceTensor> {
         let Some((layout, module)) = self.layout.zip(name.strip_suffix(".weight")) else {
-            return self.checkpoint.tensor(name);
+            return self.stored(name);
         };
         let names = layout.linear_names(module);
         if !self.checkpoint.tensors.contains_key(&names.scales) {
-            return self.checkpoint.tensor(name);
+            return self.stored(name);
         }
         let (codes, scales) = (self.checkpoint.tensor(&names.codes)?, self.checkpoint.tensor(&names.scales)?);
         let global = self.global(layout, &names.weight_global)?;
@@ -76,6 +72,16 @@ impl Weights {
         dequantize(codes.bytes(), scales.bytes(), global, &mut values);
         let dtype = if self.compute == Compute::Bf16 { Dtype::BF16 } else { Dtype::F32 };
         SourceTensor::from_bytes(name, dtype, &[rows, packed * 2], &narrow(dtype, &values))
+    }
+
+    /// A tensor that is not NVFP4.
+    fn stored(&self, name: &str) -> Result<SourceTensor> {
+        let tensor = self.checkpoint.tensor(name)?;
+        if self.compute == Compute::F32 || tensor.dtype == Dtype::BF16 {
+            return Ok(tensor);
+        }
+        let bytes = narrow(Dtype::BF16, &widen(&tensor)?);
+        SourceTensor::from_bytes(name, Dtype::BF16, &tensor.shape, &bytes)
     }
 
     /// The static input scale of a site of a layer; none where its inputs are not quantized.
@@ -108,5 +114,24 @@ impl Weights {
             return self.tensor(&self.model.embedding().name);
         }
         self.tensor("lm_head.weight")
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn tensors_have_the_precision_that_was_asked_for_whatever_the_checkpoint() {
+        let families = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/families");
+        let name = "model.layers.0.mlp.up_proj.weight";
+        for (family, dtype) in [("llama_f32", Dtype::F32), ("llama_f16", Dtype::F16), ("llama", Dtype::BF16)]
+        {
+            let weights = |compute| Weights::open(&families.join(family), compute).unwrap();
+            let (wide, narrowed) = (weights(Compute::F32), weights(Compute::Bf16));
+            let (exact, rounded) = (wide.tensor(name).unwrap(), narrowed.tensor(name).unwrap());
+            assert_eq!((exact.dtype, rounded.dtype), (dtype, Dtype::BF16));
+            assert_eq!(rounded.bytes(), narrow(Dtype::BF16, &widen(&exact).unwrap()), "{family}");
+        }
     }
 }

@@ -117,13 +117,34 @@ impl<S: Solver> Layer<'_, S> {
     pub fn quantize(
         &self,
         method: Method,
-        folds: &mut Folds,
+        folds: &Folds,
         statistics: &mut [SiteStatistics<S::Matrix>; 4],
         done: &mut dyn FnMut(QuantizedGroup) -> Result<()>,
     ) -> Result<()> {
         for site in Site::ALL.into_iter().filter(|&site| self.quantized[site as usize]) {
-            let smoothing = folds.smoothings[site as usize].take();
-            done(self.group(site, method, smoothing, folds, &mut statistics[site as usize])?)?;
+            done(self.group(site, method, folds, &mut statistics[site as usize])?)?;
+        }
+        Ok(())
+    }
+
+    /// Folds the members of a site's group, each `[rows, cols]`: columns are divided by the site's own factors, rows
+    /// of v and up multiplied by those of the site that reads them.
+    ///
+    /// # Errors
+    /// What the device returns.
+    pub fn fold(&self, site: Site, folds: &Folds, members: &mut [S::Matrix]) -> Result<()> {
+        if let Some(smoothing) = &folds.smoothings[site as usize] {
+            for w in &mut *members {
+                *w = self.solver.divided(w, &smoothing.factors)?;
+            }
+        }
+        let rows = match site {
+            Site::Qkv => Some((2, &folds.v)),
+            Site::GateUp => Some((1, &folds.up)),
+            Site::O | Site::Down => None,
+        };
+        if let Some((member, Some(factors))) = rows {
+            self.solver.scale(&mut members[member], Some(factors), None)?;
         }
         Ok(())
     }
@@ -188,27 +209,17 @@ impl<S: Solver> Layer<'_, S> {
         &self,
         site: Site,
         method: Method,
-        smoothing: Option<Smoothing>,
         folds: &Folds,
         statistics: &mut SiteStatistics<S::Matrix>,
     ) -> Result<QuantizedGroup> {
         let (solver, n) = (self.solver, statistics.channels());
         let mut members = (self.weights)(site)?;
         let plain = self.plain_errors(&members, statistics)?;
+        let smoothing = folds.smoothings[site as usize].clone();
         if let Some(smoothing) = &smoothing {
             statistics.fold(solver, &smoothing.factors)?;
-            for w in &mut members {
-                *w = solver.divided(w, &smoothing.factors)?;
-            }
         }
-        let rows = match site {
-            Site::Qkv => Some((2, &folds.v)),
-            Site::GateUp => Some((1, &folds.up)),
-            _ => None,
-        };
-        if let Some((member, Some(factors))) = rows {
-            solver.scale(&mut members[member], Some(factors), None)?;
-        }
+        self.fold(site, folds, &mut members)?;
         let global = group_scale(solver, &members)?;
         let input_amax = statistics.input_amax();
         let importance = match method.codes {

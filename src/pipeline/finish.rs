@@ -197,13 +197,13 @@ impl<B: Solver> Finisher<'_, B> {
             tokens: job.sampling.fit_tokens,
             quantized_inputs: job.quantized_inputs,
         };
-        let mut folds = described.folds(job.method, &statistics)?;
+        let folds = described.folds(job.method, &statistics)?;
         self.seconds += started.elapsed().as_secs_f64();
 
         self.copy(part, &rewritten(job, layer, &folds)?)?;
         let mut groups = Vec::new();
         let mut started = Instant::now();
-        described.quantize(job.method, &mut folds, &mut statistics, &mut |group| {
+        described.quantize(job.method, &folds, &mut statistics, &mut |group| {
             self.seconds += started.elapsed().as_secs_f64();
             let spec =
                 quantized.iter().find(|spec| spec.site == group.site).expect("only these were asked for");
@@ -274,7 +274,7 @@ impl<B: Solver> Finisher<'_, B> {
 }
 
 /// The norms and biases that folds change, in the dtypes of the source.
-fn rewritten(job: &Job, layer: usize, folds: &Folds) -> Result<HashMap<String, Vec<u8>>> {
+pub(super) fn rewritten(job: &Job, layer: usize, folds: &Folds) -> Result<HashMap<String, Vec<u8>>> {
     let mut tensors = HashMap::new();
     for (spec, values) in job.model.layer_norms(layer).into_iter().zip(&folds.norms) {
         if let Some(values) = values {

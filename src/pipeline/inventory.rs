@@ -6,6 +6,7 @@ use std::collections::BTreeSet;
 use safetensors::Dtype;
 
 use super::journal::PartId;
+use super::operations::operations;
 use crate::backend::Compute;
 use crate::calibration::Sampling;
 use crate::checkpoint::{Checkpoint, Layout, OutTensor, Scheme};
@@ -109,7 +110,6 @@ impl Inventory {
         let (q, kv) = (model.heads * model.head_dim, model.kv_heads * model.head_dim);
         // The buffers of one layer: two of the hidden size, q and attention, k and v, gate and up.
         let row = 2 * model.hidden + 2 * q + 2 * kv + 2 * model.intermediate;
-        let params = model.groups(0).iter().flat_map(|g| &g.members).map(|l| l.rows * l.cols).sum::<usize>();
         let loaded = |specs: &[TensorSpec]| {
             let elements: usize = specs.iter().map(|spec| spec.shape.iter().product::<usize>()).sum();
             (elements * self.compute.bytes()) as u64
@@ -123,7 +123,7 @@ impl Inventory {
             tail: self.tail.source_bytes,
             hidden_row: (model.hidden * self.compute.bytes()) as u64,
             workspace_row: (row * self.compute.bytes()) as u64,
-            flops_per_token: 2.0 * params as f64,
+            operations: operations(model, method),
             statistics: method.needs_statistics().then(|| statistics(model, method)),
         }
     }

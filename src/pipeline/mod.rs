@@ -2,14 +2,19 @@
 //! Knows ranks, parts and the journal; not how numbers are chosen.
 
 mod finish;
+#[cfg(test)]
+mod fold_tests;
 mod ignore;
 mod inventory;
 mod job;
 mod journal;
 mod keeping;
 mod messages;
+mod operations;
 mod placer;
 mod placing;
+mod probe;
+mod prover;
 mod quantize;
 mod root;
 mod routes;

@@ -2,18 +2,20 @@
 
 use std::ops::Range;
 use std::path::{Path, PathBuf};
+use std::thread::ScopedJoinHandle;
 use std::time::Instant;
 
 use super::job::Job;
 use super::journal::{Fingerprint, PartRecord};
 use super::messages::Outbox;
 use super::placing::{Placed, SCRATCH, place};
+use super::prover::Prover;
 use super::root::Root;
 use super::routes::{Route, Routes, Station, routes};
 use super::stage::Stage;
 use super::states::{self, Kept, States};
 use super::survey::{PlanOptions, Survey, survey};
-use crate::backend::{OnBackend, Solver};
+use crate::backend::{Device, OnBackend, Solver};
 use crate::calibration::{CalibOptions, Calibration, Sampling};
 use crate::checkpoint::{Existing, OutputDir, OutputFiles, copy_side_files, quantization_files};
 use crate::cluster::Cluster;
@@ -21,7 +23,7 @@ use crate::error::{Error, Result};
 use crate::model::ModelConfig;
 use crate::planner::{Mode, Plan};
 use crate::report::{self, Phases, Progress, RankReport, RunReport, Timeline};
-use crate::verify;
+use crate::verify::Proof;
 
 /// What `distq quantize` was asked to do.
 #[derive(Clone, Debug)]
@@ -88,11 +90,22 @@ pub fn quantize(cluster: &Cluster, options: &Options) -> Result<()> {
     let (states, routes) = find_ways(cluster, &job, &plan, options.plan.work_dir.as_deref(), &run)?;
     let prepared = started.elapsed().as_secs_f64();
 
+    // The descriptions are known before the weights, and the proof reads them.
+    let mut side_files = vec![];
+    let mut prover = None;
+    cluster.from_root(|| {
+        let partial = &root.as_ref().expect("rank 0 has the output").dir.partial;
+        side_files = write_description(&job, options, partial, placement.index.as_ref())?;
+        if matches!(device, Device::Cuda(_)) {
+            prover = Some(Prover::start(Proof::begin(partial, Some(&job.checkpoint.dir))?)?);
+        }
+        Ok(())
+    })?;
     let mut ear = root.map(|root| {
         let steps = routes.iter().map(Routes::passes).sum::<usize>() as u64;
         let progress = Progress::new(steps, &plan, options.quiet);
         let files = files.as_ref().expect("rank 0 sees its own output");
-        (root.dir, Root { files, journal: root.journal, progress, records: root.records })
+        (root.dir, Root { files, journal: root.journal, progress, records: root.records, prover })
     });
     let stage = plan.stage(cluster.rank());
     let next = plan.stages.get(plan.position(cluster.rank()) + 1).map(|stage| stage.rank);
@@ -117,7 +130,12 @@ pub fn quantize(cluster: &Cluster, options: &Options) -> Result<()> {
     }
     let walked = started.elapsed().as_secs_f64();
 
-    let synced = files.as_ref().map_or(Ok(()), |files| files.sync());
+    // Rank 0 reads what others wrote only when it has left their hosts. Its own it can read back at once; they reach
+    // the disk while it does, or at the latest when the directory is published.
+    let synced = match &files {
+        Some(files) if !cluster.is_root() => files.sync(),
+        _ => Ok(()),
+    };
     cluster.agree(synced)?;
     let rank = RankReport::new(
         cluster,
@@ -131,8 +149,18 @@ pub fn quantize(cluster: &Cluster, options: &Options) -> Result<()> {
     cluster.from_root(|| {
         let (dir, root) = ear.expect("rank 0 has the output");
         let records = in_model_order(root.records);
-        let side_files = write_description(&job, options, &dir.partial, placement.index.as_ref())?;
-        let proof = verify::verify(&dir.partial, Some(&job.checkpoint.dir))?;
+        let proof = match root.prover {
+            Some(prover) => prover.end(),
+            None => Proof::begin(&dir.partial, Some(&job.checkpoint.dir))?,
+        };
+        let proof = std::thread::scope(|scope| {
+            let synced = files.as_ref().map(|files| scope.spawn(|| files.sync()));
+            let proof = proof.finish();
+            let join = |thread: ScopedJoinHandle<'_, Result<()>>| {
+                thread.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))
+            };
+            synced.map_or(Ok(()), join).map(|()| proof)
+        })?;
         let verified = started.elapsed().as_secs_f64();
         let mut report =
             RunReport::new(options, cluster.library(), plan, ranks.unwrap_or_default(), records, proof);

@@ -3,6 +3,7 @@
 
 use super::journal::{Journal, PartRecord};
 use super::messages::{Event, ToRoot};
+use super::prover::Prover;
 use crate::checkpoint::OutputFiles;
 use crate::cluster::Frame;
 use crate::error::{Error, Result};
@@ -18,6 +19,8 @@ pub struct Root<'a> {
     pub progress: Progress,
     /// Parts finished in this run or in an earlier one.
     pub records: Vec<PartRecord>,
+    /// Reads finished layers while others are being made, where there is one.
+    pub prover: Option<Prover>,
 }
 
 impl Root<'_> {
@@ -35,6 +38,9 @@ impl Root<'_> {
             ToRoot::Event(Event::Observed(observed)) => self.journal.observed(&observed)?,
             ToRoot::Event(Event::Finished(record)) => {
                 self.journal.finished(&record)?;
+                if let Some(prover) = &mut self.prover {
+                    prover.finished(peer, record.part);
+                }
                 self.records.push(record);
             }
             ToRoot::Tensor { name, digest } => {
@@ -44,6 +50,9 @@ impl Root<'_> {
                         .fix("check the network, then use --resume"));
                 }
                 self.files.write(&name, &frame.body)?;
+                if let Some(prover) = &mut self.prover {
+                    prover.written_here(peer);
+                }
             }
         }
         Ok(())

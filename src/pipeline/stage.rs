@@ -85,6 +85,10 @@ impl<B: Solver> Stage<'_, B> {
         if self.slice.start == 0 {
             send(finisher, Finished::Copied(PartId::Head))?;
         }
+        // What is only copied comes first: it is on the disk before there is anything else to write.
+        if self.slice.end == self.job.model.layers {
+            send(finisher, Finished::Copied(PartId::Tail))?;
+        }
         let mut walked = Phases::default();
         if self.job.calibrates {
             walked = self.walk(finisher)?;
@@ -93,9 +97,6 @@ impl<B: Solver> Stage<'_, B> {
                 let weights = self.load(layer)?;
                 send(finisher, Finished::Layer { layer, weights, inputs: Inputs::None })?;
             }
-        }
-        if self.slice.end == self.job.model.layers {
-            send(finisher, Finished::Copied(PartId::Tail))?;
         }
         Ok(walked)
     }

@@ -3,6 +3,8 @@
 use std::path::PathBuf;
 
 use super::inventory::Inventory;
+use super::operations::pairs;
+use super::probe::Probe;
 use crate::backend::{Device, DeviceChoice};
 use crate::calibration::{MicroBatch, micro_batches};
 use crate::checkpoint::{Checkpoint, Layout, Scheme};
@@ -10,7 +12,7 @@ use crate::cluster::{Cluster, Machine, MemoryKind};
 use crate::error::{Error, Result};
 use crate::methods::Method;
 use crate::model::ModelConfig;
-use crate::planner::{AssumedMachine, Node, Plan, READ_RATE, Work, plan};
+use crate::planner::{ASSUMED_LINK, AssumedMachine, Node, Plan, Work, plan};
 
 /// What decides who owns which layers.
 #[derive(Clone, Debug)]
@@ -98,7 +100,12 @@ pub fn survey(
         _ => Ok(()),
     })?;
     let lengths = lengths(&model)?;
-    let memory = cluster.agree(chosen_memory(&options.memory_per_rank, cluster.rank(), cluster.size()))?;
+    let memory = cluster.agree(by_rank(
+        "--memory-per-rank",
+        &options.memory_per_rank,
+        cluster.rank(),
+        cluster.size(),
+    ))?;
     let mut machine = Machine::here(cluster.host(), cluster.local_size(), memory);
     let opened = Device::open(options.device, inventory.compute, cluster.local_rank(), machine.threads);
     let device = cluster.agree(opened)?;
@@ -109,51 +116,89 @@ pub fn survey(
     let cache = device.memory().map_or(0, |on_card| {
         Machine::here(cluster.host(), cluster.local_size(), None).memory.saturating_sub(on_card)
     });
-    let flops = cluster.agree(device.probe())?;
+    // Ranks that share a disk measure it together, as they will use it.
+    let read_rate = cluster.agree(checkpoint.read_rate())?;
+    let probe = Probe {
+        model: &model,
+        method: options.method,
+        quantized_inputs: options.scheme.quantizes_activations(),
+        lengths: &lengths,
+        tokens: device.micro_batch_tokens() / 2,
+    };
+    let rates = cluster.agree(device.run(probe))?;
+    let shared = if device.memory().is_some() { 1.0 } else { machine.crowding };
     let node = Node {
         rank: cluster.rank(),
         host: cluster.host().to_string(),
         memory: machine.memory,
         cache,
-        flops,
-        read_rate: READ_RATE,
+        flops: rates.forward / shared,
+        statistics_flops: rates.statistics / shared,
+        solving_flops: rates.solving / shared,
+        read_rate,
+        link: cluster.link_rate()?,
     };
-    let nodes = cluster.gather(&node)?;
+    let nodes = cluster.gather(&(node, format!("{} × {}", machine.threads, device.name())))?;
     // Made once for the whole job: the smallest of what the devices like.
     let tokens = cluster.all_gather(&device.micro_batch_tokens())?.into_iter().min().unwrap_or(1);
     let batches = micro_batches(&lengths, tokens);
     let planned = cluster.from_root(|| {
-        let work = work(options, &lengths, &batches);
-        let nodes = nodes.as_deref().unwrap_or_default();
-        plan(nodes, &inventory.cost(&model, options.method), &work, options.layers_per_rank.as_deref())
+        let work = work(options, &model, &lengths, &batches);
+        let nodes = leveled(nodes.unwrap_or_default());
+        plan(&nodes, &inventory.cost(&model, options.method), &work, options.layers_per_rank.as_deref())
     })?;
     Ok(Survey { checkpoint, model, inventory, machine, device, micro_batches: batches, plan: planned })
 }
 
-/// Plans for machines that are not there, on this one alone.
+/// Ranks of one host read from one disk, and those with the same device are equal: what they measured apart from
+/// each other is noise, which the plan should not show.
+fn leveled(measured: Vec<(Node, String)>) -> Vec<Node> {
+    let mean = |rate: fn(&Node) -> f64, alike: &dyn Fn(&Node, &str) -> bool| {
+        let rates = measured.iter().filter(|(node, device)| alike(node, device)).map(|(node, _)| rate(node));
+        rates.clone().sum::<f64>() / rates.count() as f64
+    };
+    let level = |(node, device): &(Node, String)| {
+        let host = |other: &Node, _: &str| other.host == node.host;
+        let equal = |other: &Node, its: &str| other.host == node.host && its == device;
+        Node {
+            read_rate: mean(|node| node.read_rate, &host),
+            flops: mean(|node| node.flops, &equal),
+            statistics_flops: mean(|node| node.statistics_flops, &equal),
+            solving_flops: mean(|node| node.solving_flops, &equal),
+            ..node.clone()
+        }
+    };
+    measured.iter().map(level).collect()
+}
+
+/// Plans for machines that are not there, on this one alone: they are on links of `links` bytes/s, one for all or
+/// one for each. The model needs no weights, its config.json will do.
 ///
 /// # Errors
 /// Exit codes 2, 3 and 4.
 pub fn foresee(
     options: &PlanOptions,
     machines: &[AssumedMachine],
+    links: &[f64],
     lengths: impl FnOnce(&ModelConfig) -> Result<Vec<usize>>,
 ) -> Result<Plan> {
-    let (_, model, inventory) = open(options)?;
+    let (_, model, inventory) = open_or_describe(options)?;
     let lengths = lengths(&model)?;
     let tokens = machines.iter().map(AssumedMachine::micro_batch_tokens).min().unwrap_or(1);
-    let work = work(options, &lengths, &micro_batches(&lengths, tokens));
+    let work = work(options, &model, &lengths, &micro_batches(&lengths, tokens));
     let nodes = (machines.iter().enumerate())
         .map(|(rank, machine)| {
-            let memory = chosen_memory(&options.memory_per_rank, rank, machines.len())?;
-            Ok(machine.node(rank, memory))
+            let memory = by_rank("--memory-per-rank", &options.memory_per_rank, rank, machines.len())?;
+            let link = by_rank("--link", links, rank, machines.len())?;
+            Ok(machine.node(rank, memory, link.unwrap_or(ASSUMED_LINK)))
         })
         .collect::<Result<Vec<_>>>()?;
     plan(&nodes, &inventory.cost(&model, options.method), &work, options.layers_per_rank.as_deref())
 }
 
-fn work(options: &PlanOptions, lengths: &[usize], batches: &[MicroBatch]) -> Work {
+fn work(options: &PlanOptions, model: &ModelConfig, lengths: &[usize], batches: &[MicroBatch]) -> Work {
     Work {
+        pairs: pairs(model, lengths),
         tokens: lengths.iter().sum::<usize>() as u64,
         micro_batches: batches.len(),
         micro_batch_tokens: batches
@@ -169,18 +214,37 @@ fn work(options: &PlanOptions, lengths: &[usize], batches: &[MicroBatch]) -> Wor
 fn open(options: &PlanOptions) -> Result<(Checkpoint, ModelConfig, Inventory)> {
     let checkpoint = Checkpoint::open(&options.model)?;
     let model = ModelConfig::parse(&checkpoint.config)?;
+    listed(checkpoint, model, options)
+}
+
+fn open_or_describe(options: &PlanOptions) -> Result<(Checkpoint, ModelConfig, Inventory)> {
+    let (config, has_weights) = Checkpoint::config(&options.model)?;
+    if has_weights {
+        return open(options);
+    }
+    let model = ModelConfig::parse(&config)?;
+    let layers = (0..model.layers).flat_map(|layer| model.layer_tensors(layer));
+    let tensors = std::iter::once(model.embedding()).chain(layers).chain(model.tail_tensors());
+    let shapes = tensors.map(|spec| (spec.name, spec.shape)).collect();
+    listed(Checkpoint::described(&options.model, config, shapes), model, options)
+}
+
+fn listed(
+    checkpoint: Checkpoint,
+    model: ModelConfig,
+    options: &PlanOptions,
+) -> Result<(Checkpoint, ModelConfig, Inventory)> {
     let inventory = Inventory::new(&checkpoint, &model, options.layout, options.scheme, &options.ignore)?;
     Ok((checkpoint, model, inventory))
 }
 
-fn chosen_memory(chosen: &[u64], rank: usize, ranks: usize) -> Result<Option<u64>> {
+/// What an option that takes one value for all ranks or one for each says of one.
+fn by_rank<T: Copy>(option: &str, chosen: &[T], rank: usize, ranks: usize) -> Result<Option<T>> {
     match chosen {
         [] => Ok(None),
         [all] => Ok(Some(*all)),
         each if each.len() == ranks => Ok(Some(each[rank])),
-        each => {
-            Err(Error::plan(format!("--memory-per-rank names {} ranks, the job has {ranks}", each.len()))
-                .fix("give one value for all ranks or one for each"))
-        }
+        each => Err(Error::plan(format!("{option} names {} ranks, the job has {ranks}", each.len()))
+            .fix("give one value for all ranks or one for each")),
     }
 }

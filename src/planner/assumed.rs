@@ -7,6 +7,12 @@ use super::Node;
 use crate::error::{Error, Result};
 use crate::units::parse_bytes;
 
+/// The rate at which a disk is taken to be read, in bytes/s.
+const READ_RATE: f64 = 1e9;
+
+/// The link that is assumed where none is given: 10 Gbit/s, in bytes/s.
+pub const ASSUMED_LINK: f64 = 1.25e9;
+
 /// What kind of machine is assumed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum MachineKind {
@@ -39,20 +45,26 @@ impl AssumedMachine {
         }
     }
 
-    /// As the planner takes it. A tenth of memory stays with the system, unless `memory` says what is usable.
-    pub fn node(&self, rank: usize, memory: Option<u64>) -> Node {
+    /// As the planner takes it, on a link of `link` bytes/s. A tenth of memory stays with the system, unless
+    /// `memory` says what is usable. Statistics are taken to run at half the rate of the forward pass, and
+    /// choosing codes at a twentieth, which is what they do on an H100 at the shape of a 123B model.
+    pub fn node(&self, rank: usize, memory: Option<u64>, link: f64) -> Node {
         let usable = |bytes: u64| bytes / 10 * 9;
+        let flops = match self.kind {
+            MachineKind::Uma => 100e12,
+            MachineKind::Gpu => 60e12,
+            MachineKind::Cpu => 1e12,
+        };
         Node {
             rank,
             host: self.to_string(),
             memory: memory.unwrap_or(usable(self.memory)),
             cache: usable(self.host),
-            flops: match self.kind {
-                MachineKind::Uma => 100e12,
-                MachineKind::Gpu => 60e12,
-                MachineKind::Cpu => 1e12,
-            },
-            read_rate: super::READ_RATE,
+            flops,
+            statistics_flops: flops / 2.0,
+            solving_flops: flops / 20.0,
+            read_rate: READ_RATE,
+            link,
         }
     }
 }
@@ -110,7 +122,7 @@ mod tests {
     #[test]
     fn given_memory_is_all_usable() {
         let card: AssumedMachine = "20GiB:gpu".parse().unwrap();
-        assert_eq!(card.node(0, None).memory, 18 << 30);
-        assert_eq!(card.node(0, Some(5)).memory, 5);
+        assert_eq!(card.node(0, None, ASSUMED_LINK).memory, 18 << 30);
+        assert_eq!(card.node(0, Some(5), ASSUMED_LINK).memory, 5);
     }
 }

@@ -23,11 +23,31 @@ pub struct ModelCost {
     pub hidden_row: u64,
     /// Bytes of one token's intermediate results inside a layer.
     pub workspace_row: u64,
-    /// FLOPs of one layer's linears for one token.
-    pub flops_per_token: f64,
+    /// What one layer has to compute.
+    pub operations: Operations,
     /// Bytes of a layer's statistics and of solving for its codes, where the method needs them: then all
     /// micro-batches pass a layer before the next, and their hidden states wait in memory.
     pub statistics: Option<u64>,
+}
+
+/// Floating-point operations of one layer, an addition and a multiplication counted apart.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Operations {
+    /// Of the linears, for one token.
+    pub token: f64,
+    /// Of attention, for a token and one that it sees.
+    pub pair: f64,
+    /// Of the statistics, for one token.
+    pub statistics: f64,
+    /// Of choosing codes, for the whole layer.
+    pub solving: f64,
+}
+
+impl Operations {
+    /// Of `tokens` in documents where `pairs` tokens see each other.
+    pub fn forward(&self, tokens: u64, pairs: u64) -> f64 {
+        tokens as f64 * self.token + pairs as f64 * self.pair
+    }
 }
 
 /// What is to be done, whatever the machines.
@@ -35,6 +55,8 @@ pub struct ModelCost {
 pub struct Work {
     /// Calibration tokens.
     pub tokens: u64,
+    /// Pairs of a token and one that it sees, itself included.
+    pub pairs: u64,
     /// Micro-batches that they are packed into.
     pub micro_batches: usize,
     /// Tokens of the largest micro-batch.
@@ -63,13 +85,38 @@ pub type Time = u128;
 /// Femtoseconds of a second.
 pub const SECOND: f64 = 1e15;
 
-/// Expected time of one stage, multiplied by the number of groups so that it stays whole.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+/// Expected time of one stage, multiplied by the number of groups so that it stays whole. The stages' times
+/// make the job's: every stage ends its `tail` after its own `fill` and all before it, and the largest `rest`
+/// comes on top.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Cost {
-    /// From the arrival of a group's hidden states to their departure: what the stages behind wait for.
+    /// From the arrival of a group's hidden states to their arrival at the next stage.
     pub fill: Time,
-    /// The rest of the stage's own time.
+    /// What else passing hidden states on takes, in the stage or on its link, whichever is slower.
     pub rest: Time,
+    /// What follows when the last group has been passed on.
+    pub tail: Time,
+}
+
+/// How long the pieces of a stage's work take, over all micro-batches and all of its layers.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Pace {
+    /// Hidden states alone.
+    pub forward: Time,
+    /// Hidden states with statistics.
+    pub statistics: Time,
+    /// Choosing codes.
+    pub solving: Time,
+    /// Reading the slice.
+    pub read: Time,
+    /// Loading it again.
+    pub again: Time,
+    /// Writing what it became.
+    pub write: Time,
+    /// Hidden states on their way to the next stage; none behind the last.
+    pub link: Time,
+    /// Hidden states to files and back at every layer, where they have no room in memory.
+    pub spill: Time,
 }
 
 /// A contiguous slice of decoder layers with what its place brings along. Bytes.
@@ -96,6 +143,9 @@ const IN_FLIGHT: u64 = 4;
 
 /// Bytes/s at which weights come from the page cache to where arithmetic happens.
 const CACHE_RATE: f64 = 1e10;
+
+/// Bytes/s at which output is taken to be written: there is nothing to measure before there is an output.
+const WRITE_RATE: f64 = 1e9;
 
 impl Work {
     /// Sizes of groups to choose from, all micro-batches at once first, each half of the one before.
@@ -183,37 +233,76 @@ impl Slice {
         self.peak_memory(mode, 1, model, work)
     }
 
-    /// Expected time on `node`. In its first pass a stage reads from disk, in later passes it loads again
+    /// Whether this is the last stage, which passes nothing on.
+    pub fn is_last(&self, model: &ModelCost) -> bool {
+        self.layers.end == model.layers()
+    }
+
+    /// How long things take on `node`, passing hidden states on at `link` bytes/s.
+    pub fn pace(&self, node: &Node, link: f64, mode: Mode, model: &ModelCost, work: &Work) -> Pace {
+        let time = |amount: f64, rate: f64| (amount / rate * SECOND).round() as Time;
+        // Whole femtoseconds a byte and a layer, so that equal shares take equal times.
+        let bytes = |bytes: u64, rate: f64| Time::from(bytes) * time(1.0, rate);
+        let layers = self.layers.len() as Time;
+        let forward = model.operations.forward(work.tokens, work.pairs);
+        let statistics = forward + work.tokens as f64 * model.operations.statistics;
+        let kept = mode == Mode::Resident || self.source <= node.cache;
+        let states = work.tokens * model.hidden_row;
+        let sent = if self.is_last(model) { 0 } else { states };
+        Pace {
+            forward: layers * time(forward, node.flops),
+            statistics: layers * time(statistics, node.statistics_flops),
+            solving: layers * time(model.operations.solving, node.solving_flops),
+            read: bytes(self.source, node.read_rate),
+            again: bytes(self.source, if kept { CACHE_RATE.max(node.read_rate) } else { node.read_rate }),
+            write: bytes(self.output, WRITE_RATE),
+            link: bytes(sent, link),
+            spill: if mode == Mode::Spilled {
+                layers * (bytes(states, node.read_rate) + bytes(states, WRITE_RATE))
+            } else {
+                0
+            },
+        }
+    }
+
+    /// Expected time at `pace`. In its first pass a stage reads from disk, in later passes it loads again
     /// what it did not keep, and behind the last pass it writes; each overlaps with that pass's
-    /// arithmetic. A resident stage loads ahead, while it waits for its first hidden states.
-    pub fn cost(&self, node: &Node, mode: Mode, group: usize, model: &ModelCost, work: &Work) -> Cost {
+    /// arithmetic. A resident stage loads ahead, while it waits for its first hidden states. Where a method
+    /// needs statistics, a stage passes hidden states on first, and then walks through its layers again; the
+    /// last stage walks once.
+    pub fn cost(&self, pace: &Pace, mode: Mode, group: usize, model: &ModelCost, work: &Work) -> Cost {
+        let Pace { forward, statistics, solving, read, again, write, link, spill } = *pace;
         let groups = work.groups(group) as Time;
-        let bytes = |bytes: u64, rate: f64| groups * Time::from(bytes) * (SECOND / rate).round() as Time;
-        let (read, write) = (bytes(self.source, node.read_rate), bytes(self.output, node.read_rate));
         if !work.calibrates {
-            return Cost { fill: 0, rest: read + write };
+            return Cost { tail: groups * solving.max(read + write), ..Cost::default() };
         }
-        let layer = work.tokens as f64 * model.flops_per_token / node.flops;
+        let thorough = |loading: Time| groups * (statistics + solving).max(loading + write + spill);
+        let two_sweeps = model.statistics.is_some();
+        if two_sweeps && self.is_last(model) {
+            return Cost { tail: thorough(read), ..Cost::default() };
+        }
+        // Where there are two sweeps, the first chooses nothing and writes nothing.
+        let (solving, write) = if two_sweeps { (0, 0) } else { (solving, write) };
+        let reading = groups * read;
         // Of one group, multiplied by the number of groups: that of all.
-        let pass = self.layers.len() as Time * (layer * SECOND).round() as Time;
-        let spilled = match mode {
-            Mode::Spilled => {
-                bytes(2 * work.tokens * model.hidden_row * self.layers.len() as u64, node.read_rate)
-            }
-            _ => 0,
+        let (fill, busy) = if groups == 1 {
+            let fill = (forward + solving).max(reading);
+            (fill, (forward + solving).max(reading + write))
+        } else {
+            let again = if mode == Mode::Resident { 0 } else { groups * again };
+            let fill = if mode == Mode::Resident { forward } else { forward.max(reading) };
+            let last = (forward + groups * solving).max(again + groups * write);
+            (fill, forward.max(reading) + (groups - 2) * forward.max(again) + last)
         };
-        let (read, write) = (read + spilled / 2, write + spilled / 2);
-        let first = pass.max(read);
-        if groups == 1 {
-            return Cost { fill: first, rest: pass.max(read + write) - first };
+        // The last layer's micro-batches leave one after another while the next are computed.
+        let one = |all: Time| all * groups / work.micro_batches as Time;
+        let layer = forward / self.layers.len() as Time;
+        let behind = one(link).max((link + one(layer)).saturating_sub(layer));
+        Cost {
+            fill: fill + behind,
+            rest: (busy - fill).max((groups - 1) * link),
+            tail: if two_sweeps { thorough(again) } else { 0 },
         }
-        let (fill, again) = match mode {
-            Mode::Resident => (pass, 0),
-            Mode::Streamed if self.source <= node.cache => (first, bytes(self.source, CACHE_RATE)),
-            Mode::Streamed | Mode::Spilled => (first, read),
-        };
-        let busy = first + (groups - 2) * pass.max(again) + pass.max(again + write);
-        Cost { fill, rest: busy - fill }
     }
 }
 
@@ -228,9 +317,11 @@ mod tests {
     use super::*;
 
     fn seconds(node: &Node, slice: Range<usize>, mode: Mode, group: usize) -> f64 {
-        let model = model(8);
-        let cost = model.slice(slice).cost(node, mode, group, &model, &work());
-        (cost.fill + cost.rest) as f64 / work().groups(group) as f64 / SECOND
+        let (model, work) = (model(8), work());
+        let slice = model.slice(slice);
+        let pace = Pace { link: 0, ..slice.pace(node, 1.0, mode, &model, &work) };
+        let cost = slice.cost(&pace, mode, group, &model, &work);
+        (cost.fill + cost.rest) as f64 / work.groups(group) as f64 / SECOND
     }
 
     #[test]

@@ -6,24 +6,22 @@
 mod assumed;
 mod cost;
 mod orders;
+mod simulate;
 mod split;
 mod steady;
 mod table;
 
-pub use assumed::{AssumedMachine, MachineKind};
-pub use cost::{Mode, ModelCost, Work};
+pub use assumed::{ASSUMED_LINK, AssumedMachine, MachineKind};
+pub use cost::{Mode, ModelCost, Operations, Work};
 
 use std::ops::Range;
 
-use cost::{Cost, SECOND, Slice, Time};
+use cost::{Cost, Slice, Time};
 use orders::Orders;
-use split::{Costs, slices, split};
+use simulate::simulate;
+use split::{Costs, Kind, slices, split, way};
 
 use crate::error::{Error, Result};
-
-/// The read rate assumed for planning, in bytes/s. Measuring it would read weights; it only matters where a
-/// disk is slower than arithmetic.
-pub const READ_RATE: f64 = 1e9;
 
 /// What the planner knows of one rank.
 #[derive(Clone, Debug, PartialEq, serde::Serialize, serde::Deserialize)]
@@ -37,10 +35,16 @@ pub struct Node {
     /// Bytes of host memory beside `memory` that keep files which were read once; none where `memory` is
     /// the host's own.
     pub cache: u64,
-    /// Arithmetic rate in FLOP/s.
+    /// Rate of the forward pass in FLOP/s.
     pub flops: f64,
-    /// Rate at which weights are read from disk and written to it, in bytes/s.
+    /// Rate of the forward pass with statistics in FLOP/s.
+    pub statistics_flops: f64,
+    /// Rate of choosing codes in FLOP/s.
+    pub solving_flops: f64,
+    /// Rate at which weights are read from disk, in bytes/s.
     pub read_rate: f64,
+    /// Rate at which this rank exchanges hidden states, in bytes/s; two ranks do so at the lower of theirs.
+    pub link: f64,
 }
 
 /// One stage of the pipeline: a contiguous slice of decoder layers on one rank.
@@ -66,6 +70,8 @@ pub struct Stage {
     pub memory: u64,
     /// Expected busy time in seconds.
     pub seconds: f64,
+    /// Expected time of waiting for hidden states, in seconds.
+    pub wait: f64,
 }
 
 /// The whole plan, the same on every rank.
@@ -73,7 +79,7 @@ pub struct Stage {
 pub struct Plan {
     /// Stages in the order in which hidden states pass, whatever the order of ranks.
     pub stages: Vec<Stage>,
-    /// Expected wall time in seconds, from the first layer to the last byte.
+    /// Expected wall time in seconds, from the first layer to the last byte, as the simulated schedule gives it.
     pub seconds: f64,
 }
 
@@ -113,7 +119,7 @@ pub fn plan(nodes: &[Node], model: &ModelCost, work: &Work, counts: Option<&[usi
     let planner = Planner { nodes: steady::steady(nodes), model, work };
     match counts {
         Some(counts) => planner.given(checked_counts(counts, nodes.len(), layers)?),
-        None => planner.fastest(),
+        None => planner.fastest().map(|found| planner.finished(found)),
     }
 }
 
@@ -140,8 +146,8 @@ fn checked_counts(counts: &[usize], ranks: usize, layers: usize) -> Result<&[usi
 /// ranks that all differ, or for 64 ranks of three kinds.
 const MOST_STEPS: usize = 20_000_000;
 
-/// How much longer a plan may take that reads every weight once. Streaming leans on a disk's rate, which is
-/// assumed; room in memory is certain.
+/// How much longer a plan may take that reads every weight once. Streaming leans on a disk's rate, of which a
+/// sample is all that is known; room in memory is certain.
 const READING_ONCE: (Time, Time) = (21, 20);
 
 struct Planner<'a> {
@@ -159,13 +165,14 @@ struct Found {
 }
 
 impl Planner<'_> {
-    fn fastest(&self) -> Result<Plan> {
-        let slices: Vec<Slice> = slices(self.model.layers()).map(|range| self.model.slice(range)).collect();
+    fn fastest(&self) -> Result<Found> {
+        let slices: Vec<Slice> =
+            slices(self.model.layers(), self.nodes.len()).map(|range| self.model.slice(range)).collect();
         let Some(any) = self.fastest_of(&slices, false) else { return Err(self.too_small()) };
         let once = self
             .fastest_of(&slices, true)
             .filter(|once| once.wall * READING_ONCE.1 <= self.wall_in(&any, once.group) * READING_ONCE.0);
-        Ok(self.finished(once.unwrap_or(any)))
+        Ok(once.unwrap_or(any))
     }
 
     /// The fastest plan, or the fastest that reads every weight `once`.
@@ -193,20 +200,30 @@ impl Planner<'_> {
 
     /// The fastest plan with groups of one size, if it takes less than `beat`.
     fn fastest_in(&self, group: usize, slices: &[Slice], once: bool, beat: Option<Time>) -> Option<Found> {
-        let mut tables: Vec<Vec<Option<Cost>>> = Vec::new();
-        let kinds: Vec<usize> = (self.nodes.iter())
-            .map(|node| {
-                let table = slices.iter().map(|slice| self.cost(node, slice, group, once)).collect();
-                // Ranks that need the same for every slice are of one kind, whatever else they differ in.
-                tables.iter().position(|known| *known == table).unwrap_or_else(|| {
-                    tables.push(table);
-                    tables.len() - 1
-                })
-            })
-            .collect();
-        let steps = tables.len() * self.model.layers().pow(2) / kinds.len();
-        let orders = Orders::all(&kinds, MOST_STEPS / steps).unwrap_or_else(|| Orders::by_rank(&kinds));
-        let found = split(&Costs::new(self.model.layers(), tables), &orders, beat)?;
+        let mut links: Vec<f64> = self.nodes.iter().map(|node| node.link).collect();
+        links.sort_by(f64::total_cmp);
+        links.dedup();
+        let mut kinds: Vec<Kind> = Vec::new();
+        let mut by_rank: Vec<usize> = Vec::new();
+        for (index, node) in self.nodes.iter().enumerate() {
+            let equal =
+                |other: &Node| Node { rank: node.rank, host: node.host.clone(), ..other.clone() } == *node;
+            if let Some(other) = self.nodes[..index].iter().position(equal) {
+                by_rank.push(by_rank[other]);
+                continue;
+            }
+            let link = links.iter().position(|link| *link == node.link).expect("it is listed");
+            let table = |next: &f64| slices.iter().map(|s| self.cost(node, *next, s, group, once)).collect();
+            let kind = Kind { link, tables: links.iter().map(table).collect() };
+            // Ranks that need the same for every slice are of one kind, whatever else they differ in.
+            by_rank.push(kinds.iter().position(|known| *known == kind).unwrap_or_else(|| {
+                kinds.push(kind);
+                kinds.len() - 1
+            }));
+        }
+        let steps = kinds.len() * links.len() * self.model.layers().pow(2) / by_rank.len();
+        let orders = Orders::all(&by_rank, MOST_STEPS / steps).unwrap_or_else(|| Orders::by_rank(&by_rank));
+        let found = split(&Costs { layers: self.model.layers(), kinds }, &orders, beat)?;
         let nodes = orders.ranks_of(found.stages.iter().map(|(kind, _)| *kind));
         let layers = found.stages.into_iter().map(|(_, layers)| layers);
         Some(Found { group, wall: found.wall, stages: nodes.into_iter().zip(layers).collect() })
@@ -248,20 +265,27 @@ impl Planner<'_> {
 
     /// The wall time of these stages with groups of one size.
     fn wall(&self, stages: &[(usize, Range<usize>)], group: usize, once: bool) -> Option<Time> {
-        let (mut fill, mut rest) = (0, 0);
-        for (index, layers) in stages {
-            let cost = self.cost(&self.nodes[*index], &self.model.slice(layers.clone()), group, once)?;
-            fill += cost.fill;
+        let (mut longest, mut rest, mut next) = (0, 0, f64::MAX);
+        for (index, layers) in stages.iter().rev() {
+            let node = &self.nodes[*index];
+            let cost = self.cost(node, next, &self.model.slice(layers.clone()), group, once)?;
+            longest = way(&cost, longest);
             rest = rest.max(cost.rest);
+            next = node.link;
         }
-        Some(fill + rest)
+        Some(longest + rest)
     }
 
-    /// What a slice costs on a node, where it fits and, if so wished, is read `once`.
-    fn cost(&self, node: &Node, slice: &Slice, group: usize, once: bool) -> Option<Cost> {
-        let mode = slice.mode(node, group, self.model, self.work)?;
-        let reads_once = mode == Mode::Resident || self.work.groups(group) == 1;
-        (reads_once || !once).then(|| slice.cost(node, mode, group, self.model, self.work))
+    /// What a slice costs on a node before one on a link of `next`, where it fits and, if so wished, is read
+    /// `once`.
+    fn cost(&self, node: &Node, next: f64, slice: &Slice, group: usize, once: bool) -> Option<Cost> {
+        let (model, work) = (self.model, self.work);
+        let mode = slice.mode(node, group, model, work)?;
+        if once && mode == Mode::Streamed && work.groups(group) > 1 {
+            return None;
+        }
+        let pace = slice.pace(node, next.min(node.link), mode, model, work);
+        Some(slice.cost(&pace, mode, group, model, work))
     }
 
     /// What a rank must have for a slice at the very least.
@@ -274,27 +298,36 @@ impl Planner<'_> {
         found.wall * self.work.groups(group) as Time / self.work.groups(found.group) as Time
     }
 
+    /// The plan of what was found, and the time that its schedule takes in simulation.
     fn finished(&self, found: Found) -> Plan {
-        let group = found.group;
-        let seconds = |time: Time| time as f64 / self.work.groups(group) as f64 / SECOND;
-        let stage = |(index, layers): (usize, Range<usize>)| {
-            let (node, slice) = (&self.nodes[index], self.model.slice(layers.clone()));
-            let mode = slice.mode(node, group, self.model, self.work).expect("a planned slice fits");
-            let cost = slice.cost(node, mode, group, self.model, self.work);
-            Stage {
-                rank: node.rank,
-                host: node.host.clone(),
-                layers,
-                mode,
-                group,
-                bytes_read: slice.source,
-                bytes_written: slice.output,
-                peak_memory: slice.peak_memory(mode, group, self.model, self.work),
-                memory: node.memory,
-                seconds: seconds(cost.fill + cost.rest),
-            }
+        let (group, model, work) = (found.group, self.model, self.work);
+        let staged: Vec<_> = (found.stages.iter())
+            .map(|(index, layers)| {
+                let (node, slice) = (&self.nodes[*index], model.slice(layers.clone()));
+                let mode = slice.mode(node, group, model, work).expect("a planned slice fits");
+                (node, slice, mode)
+            })
+            .collect();
+        let links = staged.iter().skip(1).map(|(node, ..)| node.link).chain([f64::MAX]);
+        let paces = staged.iter().zip(links).map(|((node, slice, mode), next)| {
+            (slice.pace(node, next.min(node.link), *mode, model, work), slice.layers.len(), *mode)
+        });
+        let times = simulate(paces, group, model.statistics.is_some(), work);
+        let seconds = times.iter().map(|times| times.end).fold(0.0, f64::max);
+        let stage = |((node, slice, mode), times): ((&Node, Slice, Mode), simulate::Times)| Stage {
+            rank: node.rank,
+            host: node.host.clone(),
+            mode,
+            group,
+            bytes_read: slice.source,
+            bytes_written: slice.output,
+            peak_memory: slice.peak_memory(mode, group, model, work),
+            memory: node.memory,
+            seconds: times.busy,
+            wait: times.wait,
+            layers: slice.layers,
         };
-        Plan { stages: found.stages.into_iter().map(stage).collect(), seconds: seconds(found.wall) }
+        Plan { stages: staged.into_iter().zip(times).map(stage).collect(), seconds }
     }
 }
 

@@ -10,7 +10,10 @@ const NOISE: f64 = 1.25;
 pub fn steady(nodes: &[Node]) -> Vec<Node> {
     let mut nodes = nodes.to_vec();
     level(&mut nodes, |node| &mut node.flops);
+    level(&mut nodes, |node| &mut node.statistics_flops);
+    level(&mut nodes, |node| &mut node.solving_flops);
     level(&mut nodes, |node| &mut node.read_rate);
+    level(&mut nodes, |node| &mut node.link);
     nodes
 }
 

@@ -19,13 +19,13 @@ impl fmt::Display for Plan {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         writeln!(
             f,
-            "{:>4}  {:<16} {:>9}  {:<8} {:>6} {:>11} {:>11} {:>11} {:>11} {:>11}",
-            "rank", "host", "layers", "mode", "group", "reads", "writes", "peak", "may use", "busy"
+            "{:>4}  {:<16} {:>9}  {:<8} {:>6} {:>11} {:>11} {:>11} {:>11} {:>11} {:>11}",
+            "rank", "host", "layers", "mode", "group", "reads", "writes", "peak", "may use", "busy", "waits"
         )?;
         for stage in &self.stages {
             writeln!(
                 f,
-                "{:>4}  {:<16} {:>9}  {:<8} {:>6} {:>11} {:>11} {:>11} {:>11} {:>11}",
+                "{:>4}  {:<16} {:>9}  {:<8} {:>6} {:>11} {:>11} {:>11} {:>11} {:>11} {:>11}",
                 stage.rank,
                 stage.host,
                 format!("{}..{}", stage.layers.start, stage.layers.end),
@@ -36,6 +36,7 @@ impl fmt::Display for Plan {
                 binary(stage.peak_memory),
                 binary(stage.memory),
                 duration(stage.seconds),
+                duration(stage.wait),
             )?;
         }
         write!(f, "expected time: {}", duration(self.seconds))

@@ -2,11 +2,15 @@
 
 use std::fmt;
 
+use crate::backend::Compute;
+
 /// The outcome. `--json` prints it; its field names are stable.
 #[derive(Clone, Debug, PartialEq, serde::Serialize)]
 pub struct Evaluation {
     /// The file of text.
     pub text: String,
+    /// The dtype of activations.
+    pub compute: Compute,
     /// Windows that were read.
     pub windows: usize,
     /// Tokens of a window.
@@ -59,10 +63,11 @@ impl fmt::Display for Evaluation {
                 scores.model
             )?;
         }
-        let (windows, tokens) = (self.windows, self.window_tokens);
+        let (windows, tokens, compute) = (self.windows, self.window_tokens, self.compute);
         write!(
             f,
-            "{windows} windows of {tokens} tokens of {}; all but a window's first token are scored",
+            "{windows} windows of {tokens} tokens of {}, computed in {compute}; all but a window's first token are \
+             scored",
             self.text
         )
     }

@@ -188,19 +188,21 @@ fn loss(groups: &[GroupView<'_>]) -> String {
 /// Every linear.
 fn table(report: &RunReport, groups: &[GroupView<'_>]) -> String {
     let mut out = String::from(
-        "<h2>Every linear</h2><table><tr><th>linear<th>codes<th>fold<th>weight error<th>output error, max<th>output \
+        "<h2>Every linear</h2><table><tr><th>linear<th>codes<th>fold<th>its gain<th>weight error<th>output error, max<th>output \
          error<th>given up<th>damping<th>max |w|<th>input max<th>block scales by power of two</tr>\n",
     );
     let number = |value: Option<f64>| value.map_or("-".to_string(), |value| format!("{value:.4}"));
     for group in groups {
         let chosen = group.record.chosen.as_ref();
-        let fold = chosen.and_then(|chosen| chosen.smoothing.as_ref()).map_or("-", |fold| &fold.candidate);
+        let smoothing = chosen.and_then(|chosen| chosen.smoothing.as_ref());
+        let fold = smoothing.map_or("-", |fold| &fold.candidate);
+        let gain = number(smoothing.map(|fold| fold.gain));
         for (i, (name, amax)) in group.record.members.iter().enumerate() {
             let verdict = chosen.and_then(|chosen| chosen.verdicts.get(i));
             let proven = report.verification.tensors.iter().find(|tensor| tensor.module == *name);
             let _ = writeln!(
                 out,
-                "<tr><td>{}<td>{}<td>{fold}<td>{}<td>{}<td>{}<td>{}<td>{}<td>{amax:.4}<td>{}<td>{}</tr>",
+                "<tr><td>{}<td>{}<td>{fold}<td>{gain}<td>{}<td>{}<td>{}<td>{}<td>{}<td>{amax:.4}<td>{}<td>{}</tr>",
                 escape(name),
                 verdict.map_or("max", |verdict| &verdict.codes),
                 number(verdict.map(|v| v.weight_error).or(proven.map(|tensor| tensor.relative_error))),

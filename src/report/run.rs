@@ -62,6 +62,8 @@ pub struct Seconds {
     pub prepare: f64,
     /// Forward pass, quantizing, writing.
     pub walk: f64,
+    /// What the plan expected of the walk, were there nothing to resume.
+    pub walk_expected: f64,
     /// Verification.
     pub prove: f64,
     /// From start to published output.
@@ -215,7 +217,8 @@ impl fmt::Display for RunReport {
         }
         writeln!(
             f,
-            "{} to {} ({:.1}%), proven by {} rules, in {} ({} preparing, {} walking, {} proving)",
+            "{} to {} ({:.1}%), proven by {} rules, in {} ({} preparing, {} walking of {} \
+             expected, {} proving)",
             binary(self.source_bytes),
             binary(self.output_bytes),
             100.0 * self.output_bytes as f64 / self.source_bytes as f64,
@@ -223,6 +226,7 @@ impl fmt::Display for RunReport {
             duration(self.seconds.total),
             duration(self.seconds.prepare),
             duration(self.seconds.walk),
+            duration(self.seconds.walk_expected),
             duration(self.seconds.prove),
         )?;
         write!(f, "written to {}", self.out)
@@ -251,7 +255,7 @@ impl RunReport {
             source_bytes: 0,
             output_bytes: 0,
             side_files: vec![],
-            seconds: Seconds::default(),
+            seconds: Seconds { walk_expected: plan.seconds, ..Seconds::default() },
             health: health(&plan, &parts),
             plan,
             ranks,

@@ -75,19 +75,44 @@ const LISTED: usize = 5;
 /// # Errors
 /// Exit code 3 where `source` can't be opened. What is wrong with `dir` is in the report.
 pub fn verify(dir: &Path, source: Option<&Path>) -> Result<Report> {
-    let mut subject = Subject::open(dir, source)?;
-    let mut results = vec![];
-    for stage in [file_rules::RULES, config_rules::RULES, tensor_rules::RULES] {
-        judge(&subject, stage, &mut results);
+    Ok(Proof::begin(dir, source)?.finish())
+}
+
+/// A verification under way: layers whose bytes are all there can be read while others are still being made.
+pub struct Proof {
+    subject: Subject,
+}
+
+impl Proof {
+    /// Opens the directory, whose files, headers and descriptions must be there, and the source.
+    ///
+    /// # Errors
+    /// Exit code 3 where `source` can't be opened.
+    pub fn begin(dir: &Path, source: Option<&Path>) -> Result<Proof> {
+        Ok(Proof { subject: Subject::open(dir, source)? })
     }
-    if sound(&results, &["A3", "A4", "A5", "A10", "B3"]) && readable(&subject, &results) {
-        subject.scan();
+
+    /// Reads a layer that is finished.
+    pub fn layer(&mut self, layer: usize) {
+        self.subject.scan_layer(layer);
     }
-    for stage in [scale_rules::RULES, source_rules::RULES] {
-        judge(&subject, stage, &mut results);
+
+    /// Reads what has not been read, and judges every rule.
+    pub fn finish(self) -> Report {
+        let mut subject = self.subject;
+        let mut results = vec![];
+        for stage in [file_rules::RULES, config_rules::RULES, tensor_rules::RULES] {
+            judge(&subject, stage, &mut results);
+        }
+        if sound(&results, &["A3", "A4", "A5", "A10", "B3"]) && readable(&subject, &results) {
+            subject.scan();
+        }
+        for stage in [scale_rules::RULES, source_rules::RULES] {
+            judge(&subject, stage, &mut results);
+        }
+        results.sort_by_key(|rule: &RuleResult| (rule.id.as_bytes()[0], rule.id[1..].parse().unwrap_or(0u8)));
+        Report::new(subject.layout, results, subject.errors())
     }
-    results.sort_by_key(|rule: &RuleResult| (rule.id.as_bytes()[0], rule.id[1..].parse().unwrap_or(0u8)));
-    Ok(Report::new(subject.layout, results, subject.errors()))
 }
 
 fn judge(subject: &Subject, rules: &[Rule], results: &mut Vec<RuleResult>) {

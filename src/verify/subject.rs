@@ -61,7 +61,9 @@ pub struct Subject {
     pub ours: bool,
     /// The source.
     pub source: Option<Checkpoint>,
-    /// What was found in every quantized linear.
+    /// What was found in the quantized linears of layers that have been read.
+    read: BTreeMap<usize, Vec<LinearScan>>,
+    /// The same of all layers, in order, once all have been read.
     pub linears: Vec<LinearScan>,
     /// Whether `linears` is filled.
     pub scanned: bool,
@@ -95,6 +97,7 @@ impl Subject {
             method: None,
             ours: false,
             source,
+            read: BTreeMap::new(),
             linears: vec![],
             scanned: false,
             listing,
@@ -187,17 +190,27 @@ impl Subject {
         self.layout.unwrap_or(Layout::CompressedTensors).linear_names(linear)
     }
 
-    /// Reads every quantized linear once.
+    /// Reads every quantized linear that has not been read.
     pub fn scan(&mut self) {
         use rayon::prelude::*;
         let Ok(model) = &self.model else { return };
-        let layers = (0..model.layers).into_par_iter().flat_map_iter(|layer| {
-            let folds = LayerFolds::of(self, model, layer);
-            let groups = model.groups(layer).into_iter();
-            groups.flat_map(|group| scan_group(self, &group, &folds)).collect::<Vec<_>>()
-        });
-        self.linears = layers.collect();
+        let missing = (0..model.layers).filter(|layer| !self.read.contains_key(layer)).collect::<Vec<_>>();
+        let found: Vec<_> = missing.into_par_iter().map(|layer| (layer, self.linears_of(layer))).collect();
+        self.read.extend(found);
+        self.linears = std::mem::take(&mut self.read).into_values().flatten().collect();
         self.scanned = true;
+    }
+
+    /// Reads the quantized linears of one layer.
+    pub fn scan_layer(&mut self, layer: usize) {
+        let found = self.linears_of(layer);
+        self.read.insert(layer, found);
+    }
+
+    fn linears_of(&self, layer: usize) -> Vec<LinearScan> {
+        let Ok(model) = &self.model else { return vec![] };
+        let folds = LayerFolds::of(self, model, layer);
+        model.groups(layer).iter().flat_map(|group| scan_group(self, group, &folds)).collect()
     }
 
     /// Whether the files say that factors were folded into norms, v and up.

@@ -123,6 +123,7 @@ fn the_page_shows_every_linear_and_where_the_loss_sits() {
         "layer 5, quantizing",
         "model.layers.5.mlp.down_proj",
         "output error (relative)",
+        "its gain",
         "method best",
     ] {
         assert!(page.contains(part), "{part}");

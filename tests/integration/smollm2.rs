@@ -150,14 +150,14 @@ fn builtin_text_is_tokenized_with_the_checkpoint_s_own_tokenizer() {
 }
 
 /// The end of the text in the binary, whose first documents calibrate.
-fn evaluate(checkpoints: &[&Path], ranks: Option<usize>) -> Vec<Value> {
+fn evaluate(checkpoints: &[&Path], compute: &str, ranks: Option<usize>) -> Vec<Value> {
     let dir = tempfile::tempdir().unwrap();
     let all = fs::read_to_string(root().join("src/calibration/builtin.txt")).unwrap();
     let end: String = all.chars().skip(all.chars().count() - 12_000).collect();
     let text = dir.path().join("end.txt");
     fs::write(&text, end).unwrap();
     let mut run = Distq::new(&["eval"]).arg("--reference").arg(model()).arg("--text").arg(text);
-    run = run.args(["--windows", "12", "--window-tokens", "128", "--json"]);
+    run = run.args(["--windows", "12", "--window-tokens", "128", "--json", "--compute", compute]);
     for checkpoint in checkpoints {
         run = run.arg(*checkpoint);
     }
@@ -187,7 +187,7 @@ fn the_best_method_loses_far_less_than_max_and_any_ranks_measure_the_same() {
     let max = made("max", ["--method", "max", "--layout", "compressed-tensors"]);
     let best = made("best", ["--method", "best", "--layout", "compressed-tensors"]);
     let other = made("other", ["--method", "best", "--layout", "modelopt"]);
-    let scores = evaluate(&[&max, &best, &other], None);
+    let scores = evaluate(&[&max, &best, &other], "f32", None);
     let number = |scores: &Value, name: &str| scores[name].as_f64().unwrap();
     let [source, max, best_scores, other] = &scores[..] else { panic!("{scores:?}") };
     assert!((10.0..200.0).contains(&number(source, "perplexity")), "{source}");
@@ -196,9 +196,15 @@ fn the_best_method_loses_far_less_than_max_and_any_ranks_measure_the_same() {
     assert!(kl < 0.6 * max, "{kl} {max}");
     // Both layouts hold the same codes; their reciprocal scales differ by a rounding at most.
     assert!((number(other, "mean_kl") / kl - 1.0).abs() < 0.05, "{other}");
-    let three = evaluate(&[&best], Some(3));
+    let three = evaluate(&[&best], "f32", Some(3));
     assert_eq!(three[1]["perplexity"], best_scores["perplexity"]);
     assert_eq!(three[1]["p99_kl"], best_scores["p99_kl"]);
+    // An engine's roundings move a quantized model's perplexity a little, and the source's hardly.
+    let rounded = evaluate(&[&best], "bf16", None);
+    for (rounded, exact, tolerance) in [(&rounded[0], source, 0.005), (&rounded[1], best_scores, 0.05)] {
+        let ratio = number(rounded, "perplexity") / number(exact, "perplexity");
+        assert!(ratio != 1.0 && (ratio - 1.0).abs() < tolerance, "{rounded} {exact}");
+    }
 }
 
 #[test]
@@ -215,4 +221,6 @@ fn evaluating_says_what_is_missing() {
     );
     let ended = Distq::new(&["eval"]).arg(model()).arg("--text").arg(dir.path().join("none.txt")).run();
     assert_eq!((ended.code, ended.stderr.contains("none.txt")), (3, true), "{}", ended.stderr);
+    let ended = Distq::new(&["eval"]).arg(model()).arg("--text").arg(&text).args(["--compute", "f16"]).run();
+    assert!(ended.code == 2 && ended.stderr.contains("bf16 or f32"), "{}", ended.stderr);
 }

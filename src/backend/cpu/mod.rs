@@ -58,27 +58,6 @@ impl Cpu {
         }
     }
 
-    /// FLOP/s of matrix products, from about 20 ms of them.
-    pub fn probe(&self) -> f64 {
-        let (m, n, k) = (256, 512, 512);
-        let x = Tensor::from_f32(self.compute, &vec![0.5; m * k], k);
-        let w = Tensor::from_f32(self.compute, &vec![0.25; n * k], k);
-        let mut out = Tensor::zeros(self.compute, m, n);
-        let mut once = || {
-            let started = std::time::Instant::now();
-            self.product(&x, &w, None, &mut out);
-            started.elapsed().as_secs_f64()
-        };
-        once();
-        // The fastest of a few: what else runs on the machine at start should not decide the plan.
-        let mut best = f64::INFINITY;
-        let started = std::time::Instant::now();
-        while started.elapsed().as_millis() < 20 {
-            best = best.min(once());
-        }
-        (2 * m * n * k) as f64 / best
-    }
-
     fn product(&self, x: &Tensor, w: &Tensor, bias: Option<&Tensor>, out: &mut Tensor) {
         match self.compute {
             Compute::Bf16 => self.product_into::<bf16>(x, w, bias, out),

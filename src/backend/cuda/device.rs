@@ -71,9 +71,10 @@ impl Cuda {
             return Err(Error::run(format!("GPU {ordinal} is sm_{major}{minor}; BF16 needs sm_80 or newer"))
                 .fix("use an Ampere or newer GPU, or --device cpu"));
         }
-        let [stream, copies, finishing] = [context.new_stream(), context.new_stream(), context.new_stream()];
-        let (stream, copies, finishing) =
-            (stream.map_err(open)?, copies.map_err(open)?, finishing.map_err(open)?);
+        let (stream, copies) = (context.new_stream().map_err(open)?, context.new_stream().map_err(open)?);
+        // A finished layer's few kernels go before the next layer's many: behind them, the next but one would wait.
+        let (_, highest) = cudarc::driver::result::stream::get_priority_range().map_err(open)?;
+        let finishing = context.new_stream_with_priority(highest).map_err(open)?;
         let blas =
             CudaBlas::new(stream.clone()).map_err(|e| Error::run(format!("can't start cuBLAS: {e}")))?;
         let processors = context
@@ -104,21 +105,6 @@ impl Cuda {
     /// Bytes that are free on the card now.
     pub fn free_memory(&self) -> u64 {
         self.context.mem_get_info().map_or(0, |(free, _)| free as u64)
-    }
-
-    /// FLOP/s of matrix products, from a few of them.
-    pub fn probe(&self) -> Result<f64> {
-        let n = 4096;
-        let (x, w) = (Tensor::zeros(self, n, n)?, Tensor::zeros(self, n, n)?);
-        let mut out = Tensor::zeros(self, n, n)?;
-        self.product(&x, &w, &mut out)?;
-        self.synchronize()?;
-        let started = std::time::Instant::now();
-        for _ in 0..4 {
-            self.product(&x, &w, &mut out)?;
-        }
-        self.synchronize()?;
-        Ok(4.0 * 2.0 * (n as f64).powi(3) / started.elapsed().as_secs_f64())
     }
 
     pub(super) fn synchronize(&self) -> Result<()> {

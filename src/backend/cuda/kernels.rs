@@ -109,20 +109,21 @@ fn load(
 ) -> Result<Arc<CudaModule>> {
     let (major, minor) =
         context.compute_capability().map_err(|e| Error::run(format!("CUDA: can't ask the card: {e}")))?;
-    let binary = compile(sources, compute, &format!("{major}{minor}"), defines)?;
+    let (binary, _) = compile(sources, compute, &format!("{major}{minor}"), defines)?;
     context.load_module(Ptx::from_binary(binary)).map_err(|e| {
         Error::run(format!("CUDA: the card refuses the kernels: {e}")).fix("update the NVIDIA driver")
     })
 }
 
 /// Compiles kernel sources to machine code for one architecture, such as `90`. Machine code needs no compiler in
-/// the driver, so an NVRTC that is newer than the driver does no harm.
+/// the driver, so an NVRTC that is newer than the driver does no harm. Also returns what the compiler has to say, such
+/// as registers by kernel where `--ptxas-options=-v` is among the options.
 pub fn compile(
     sources: &[&str],
     compute: Compute,
     architecture: &str,
     defines: &[String],
-) -> Result<Vec<u8>> {
+) -> Result<(Vec<u8>, String)> {
     let source = std::iter::once(&COMMON).chain(sources).copied().collect::<Vec<_>>().join("\n");
     let source = CString::new(source).expect("kernel sources hold no zero byte");
     let element = match compute {
@@ -142,11 +143,11 @@ pub fn compile(
     // SAFETY: the program was just created and is destroyed once, after its last use.
     unsafe {
         let compiled = result::compile_program(program, &options);
+        let log = result::get_program_log(program).unwrap_or_default();
+        let log: String = log.iter().map(|&c| c as u8 as char).filter(|&c| c != '\0').collect();
         let outcome = match compiled {
-            Ok(()) => machine_code(program),
+            Ok(()) => machine_code(program).map(|binary| (binary, log)),
             Err(_) => {
-                let log = result::get_program_log(program).unwrap_or_default();
-                let log: String = log.iter().map(|&c| c as u8 as char).filter(|&c| c != '\0').collect();
                 Err(Error::run(format!("NVRTC can't compile the kernels for sm_{architecture}: {log}"))
                     .fix("install the NVRTC that belongs to the driver"))
             }
@@ -195,19 +196,60 @@ pub(super) use launch;
 mod tests {
     use super::*;
 
-    /// Without a GPU: every kernel compiles for every architecture that distq serves.
+    /// Kernels that keep more than they have registers for, with the bytes spilled, from the compiler's words.
+    fn spilling(log: &str) -> Vec<(String, u32)> {
+        let mut kernel = "";
+        let mut spilling = vec![];
+        for line in log.lines() {
+            if let Some((_, rest)) = line.split_once("Compiling entry function '") {
+                kernel = rest.split('\'').next().unwrap_or_default();
+            }
+            let stores =
+                line.split_once(" bytes spill stores").and_then(|(before, _)| before.rsplit(' ').next());
+            if let Some(bytes) = stores.and_then(|bytes| bytes.parse().ok()).filter(|&bytes| bytes > 0) {
+                spilling.push((kernel.to_string(), bytes));
+            }
+        }
+        spilling
+    }
+
+    #[test]
+    fn spills_are_found_in_the_compiler_s_words() {
+        let log = "ptxas info    : Compiling entry function 'add' for 'sm_80'\nptxas info    : Function properties for \
+                   add\n    0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads\nptxas info    : Compiling \
+                   entry function 'attention' for 'sm_80'\n    8 bytes stack frame, 12 bytes spill stores, 16 bytes \
+                   spill loads";
+        assert_eq!(spilling(log), [("attention".to_string(), 12)]);
+    }
+
+    /// Without a GPU: every kernel compiles for every architecture that distq serves, and those of the forward pass
+    /// need no more registers than there are. Head sizes beyond 128 may spill; that is reported.
     #[test]
     fn every_kernel_compiles() {
         // SAFETY: only looks for the library.
         if !unsafe { sys::is_culib_present() } {
             panic!("libnvrtc was not found: run the tests with `make test`, which installs it");
         }
-        for compute in [Compute::Bf16, Compute::F32] {
-            for architecture in ["80", "86", "89", "90", "100", "120"] {
-                compile(&[ELEMENTWISE, NVFP4], compute, architecture, &[]).unwrap();
-                compile(&[NVFP4, SOLVER], Compute::F32, architecture, &[]).unwrap();
+        let verbose = "--ptxas-options=-v".to_string();
+        for architecture in ["80", "86", "89", "90", "100", "120", "121"] {
+            let report = |what: &str, may_spill: bool, (binary, log): (Vec<u8>, String)| {
+                assert!(!binary.is_empty() && log.contains("registers"), "{what}: {log}");
+                for (kernel, bytes) in spilling(&log) {
+                    // Past the test harness, which keeps what passing tests print to itself.
+                    let text = format!("sm_{architecture}, {what}: {kernel} spills {bytes} bytes\n");
+                    std::io::Write::write_all(&mut std::io::stderr(), text.as_bytes()).unwrap();
+                    assert!(may_spill, "{text}");
+                }
+            };
+            let options = std::slice::from_ref(&verbose);
+            report("solver", false, compile(&[NVFP4, SOLVER], Compute::F32, architecture, options).unwrap());
+            for compute in [Compute::Bf16, Compute::F32] {
+                let what = format!("{compute:?}");
+                report(&what, false, compile(&[ELEMENTWISE, NVFP4], compute, architecture, options).unwrap());
                 for dim in [10, 64, 128, 256] {
-                    compile(&[ATTENTION], compute, architecture, &[format!("-DHEAD_DIM={dim}")]).unwrap();
+                    let options = [verbose.clone(), format!("-DHEAD_DIM={dim}")];
+                    let what = format!("{compute:?}, heads of {dim}");
+                    report(&what, dim > 128, compile(&[ATTENTION], compute, architecture, &options).unwrap());
                 }
             }
         }

@@ -37,6 +37,9 @@ pub struct Amax(Mutex<cudarc::driver::CudaSlice<u32>>);
 /// Threads of a block where each takes one element.
 const THREADS: u32 = 256;
 
+/// Bytes that kernels load at a time: `Pack` in `kernels/common.cuh`.
+const PACK_BYTES: usize = 16;
+
 /// One thread for each of `n` elements.
 fn threads_for(n: usize) -> LaunchConfig {
     LaunchConfig {
@@ -49,6 +52,11 @@ fn threads_for(n: usize) -> LaunchConfig {
 impl Cuda {
     fn pointer(&self, index: &Index) -> u64 {
         index.device.device_ptr(&self.stream).0
+    }
+
+    /// Elements that kernels load at a time.
+    fn pack(&self) -> usize {
+        PACK_BYTES / self.compute.bytes()
     }
 
     /// Enough blocks to fill the card; each walks over its share of `n` elements.
@@ -141,7 +149,9 @@ impl Backend for Cuda {
         let pairs = x.rows * x.cols / 2;
         let (x_at, cos, sin, rows) =
             (x.pointer(self), cos.pointer(self), sin.pointer(self), self.pointer(rows));
-        let config = threads_for(pairs);
+        // Where halves of heads are whole packs, a thread takes a pack of pairs.
+        let each = if (dim / 2).is_multiple_of(self.pack()) { self.pack() } else { 1 };
+        let config = threads_for(pairs / each);
         launch!(
             self,
             &self.kernels.rope,
@@ -182,9 +192,9 @@ impl Backend for Cuda {
     }
 
     fn silu_mul(&self, gate: &mut Tensor, up: &Tensor) -> Result<()> {
-        let n = gate.rows * gate.cols;
+        let packs = (gate.rows * gate.cols).div_ceil(self.pack());
         let (gate, up) = (gate.pointer(self), up.pointer(self));
-        launch!(self, &self.kernels.silu_mul, threads_for(n), gate, up, n as u64)
+        launch!(self, &self.kernels.silu_mul, threads_for(packs), gate, up, packs as u64)
     }
 
     fn quantize_input(&self, x: &mut Tensor, input: GlobalScale) -> Result<()> {
@@ -201,9 +211,9 @@ impl Backend for Cuda {
     }
 
     fn add(&self, x: &mut Tensor, y: &Tensor) -> Result<()> {
-        let n = x.rows * x.cols;
+        let packs = (x.rows * x.cols).div_ceil(self.pack());
         let (x, y) = (x.pointer(self), y.pointer(self));
-        launch!(self, &self.kernels.add, threads_for(n), x, y, n as u64)
+        launch!(self, &self.kernels.add, threads_for(packs), x, y, packs as u64)
     }
 
     fn amax(&self, slots: usize) -> Result<Amax> {

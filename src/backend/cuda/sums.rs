@@ -34,8 +34,8 @@ impl DeviceSums {
 
     pub(super) fn add_channels(&mut self, cuda: &Cuda, x: &Tensor) -> Result<()> {
         let config = LaunchConfig {
-            grid_dim: (x.cols.div_ceil(64) as u32, 1, 1),
-            block_dim: (64, 1, 1),
+            grid_dim: (x.cols.div_ceil(32) as u32, 1, 1),
+            block_dim: (512, 1, 1),
             shared_mem_bytes: 0,
         };
         let (amax, squares) = (self.amax.device_ptr(&cuda.stream).0, self.squares.device_ptr(&cuda.stream).0);

@@ -6,7 +6,7 @@ use cudarc::driver::{CudaEvent, CudaSlice, CudaStream, DevicePtr};
 use half::bf16;
 use safetensors::Dtype;
 
-use super::Cuda;
+use super::{Cuda, PACK_BYTES};
 use crate::backend::Compute;
 use crate::backend::cpu;
 use crate::checkpoint::SourceTensor;
@@ -40,7 +40,8 @@ impl Drop for Tensor {
 
 impl Tensor {
     pub(super) fn zeros(cuda: &Cuda, rows: usize, cols: usize) -> Result<Tensor> {
-        let bytes = (rows * cols * cuda.compute.bytes()).max(1);
+        // Kernels walk over whole packs.
+        let bytes = (rows * cols * cuda.compute.bytes()).max(1).next_multiple_of(PACK_BYTES);
         let data = cuda
             .stream
             .alloc_zeros(bytes)

@@ -1,0 +1,127 @@
+"""distq on GPUs, on random checkpoints of large shapes, beside the peers where their packages are importable.
+
+    python3 bench/large.py SCRATCH [--distq PATH] [--shape 123b] [--layers 8] [--runs 3] [--method max]
+                           [--ranks 1,2] [--peers]
+
+Needs torch and safetensors; no network. Without a network the peers come from a folder of wheels, installed
+beforehand: `pip install --no-index --find-links WHEELS nvidia-modelopt llmcompressor`. The checkpoint is made in
+SCRATCH and stays in the page cache. Times are whole processes; for the peers without their imports (loading,
+calibrating and exporting, as their runners tell). Prints a table.
+"""
+
+import argparse
+import json
+import os
+import shutil
+import statistics
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+class Memory:
+    """The largest memory in use on any one card while a program runs, in GiB, as nvidia-smi sees it."""
+
+    def __enter__(self):
+        self.peak, self.running = 0.0, True
+        self.thread = threading.Thread(target=self.watch)
+        self.thread.start()
+        return self
+
+    def watch(self):
+        ask = ["nvidia-smi", "--query-gpu=memory.used", "--format=csv,noheader,nounits"]
+        while self.running:
+            used = subprocess.run(ask, capture_output=True, text=True).stdout.split()
+            self.peak = max([self.peak, *(int(mib) / 1024 for mib in used)])
+            time.sleep(0.1)
+
+    def __exit__(self, *_):
+        self.running = False
+        self.thread.join()
+
+
+def distq(args, model: Path, out: Path, ranks: int) -> dict:
+    report = out.with_suffix(".json")
+    command = [args.distq, "quantize", model, out, "--method", args.method, "--calib", model / "calib.jsonl", "--report", report, "-q"]
+    if ranks > 1:
+        command = ["mpirun", "-np", str(ranks), *command]
+    environment = {**os.environ, "OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1"}
+    started = time.monotonic()
+    with Memory() as memory:
+        subprocess.run([str(part) for part in command], env=environment, check=True)
+    wall = time.monotonic() - started
+    told = json.loads(report.read_text())
+    bars = [bar for rank in told["ranks"] for bar in rank["timeline"]]
+    return {
+        "wall": wall, "card": memory.peak, "host": max(rank["peak_resident"] for rank in told["ranks"]) / 2**30,
+        "phases": {name: round(seconds, 2) for name, seconds in told["seconds"].items()},
+        "steady": max(bar["end"] for bar in bars) - min(bar["start"] for bar in bars),
+        "modes": [stage["mode"] for stage in told["plan"]["stages"]],
+    }
+
+
+def peer(script: str, model: Path, out: Path) -> dict:
+    command = [sys.executable, ROOT / "bench/peers" / script, model, model / "calib.jsonl", out]
+    with Memory() as memory:
+        process = subprocess.run([str(part) for part in command], capture_output=True, text=True)
+    lines = [line for line in process.stdout.splitlines() if line.startswith("seconds")]
+    if process.returncode or not lines:
+        return {"failed": (process.stderr.strip().splitlines() or ["no message"])[-1]}
+    phases = [float(part) for part in lines[-1].split()[1:]]
+    return {"wall": sum(phases), "phases": phases, "card": memory.peak}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("scratch", type=Path)
+    parser.add_argument("--distq", default=ROOT / "target/release/distq")
+    parser.add_argument("--shape", default="123b")
+    parser.add_argument("--layers", type=int, default=8)
+    parser.add_argument("--runs", type=int, default=3)
+    parser.add_argument("--method", default="max")
+    parser.add_argument("--ranks", default="1", type=lambda text: [int(ranks) for ranks in text.split(",")])
+    parser.add_argument("--peers", action="store_true")
+    args = parser.parse_args()
+    model = args.scratch / f"{args.shape}-{args.layers}"
+    if not model.exists():
+        subprocess.run([sys.executable, ROOT / "bench/make_checkpoint.py", args.shape, str(args.layers), model], check=True)
+    for file in model.glob("*.safetensors"):  # into the page cache
+        with open(file, "rb") as bytes:
+            while bytes.read(1 << 26):
+                pass
+    out = args.scratch / "out"
+
+    def times(run) -> list[dict]:
+        results = []
+        for _ in range(args.runs):
+            shutil.rmtree(out, ignore_errors=True)
+            os.sync()
+            results.append(run())
+            print("   ", results[-1], flush=True)
+        return results
+
+    print(f"{args.shape} shape, {args.layers} layers, {args.method}", flush=True)
+    rows = [(f"distq, {ranks} rank{'s' * (ranks > 1)}", times(lambda: distq(args, model, out, ranks))) for ranks in args.ranks]
+    if args.peers:
+        for name, script in (("nvidia-modelopt", "run_modelopt.py"), ("llm-compressor", "run_llmcompressor.py")):
+            shutil.rmtree(out, ignore_errors=True)
+            rows.append((name, [peer(script, model, out)]))
+            print("   ", rows[-1][1], flush=True)
+    print("| program | wall, s | spread | card, GiB | walk, s |\n|---|---|---|---|---|")
+    for name, results in rows:
+        if "failed" in results[0]:
+            print(f"| {name} | failed: {results[0]['failed']} | | | |")
+            continue
+        walls = [result["wall"] for result in results]
+        walks = [result["phases"]["walk"] for result in results if isinstance(result["phases"], dict)]
+        walk = f"{statistics.median(walks):.2f}" if walks else ""
+        card = max(result["card"] for result in results)
+        print(f"| {name} | {statistics.median(walls):.2f} | {min(walls):.2f} to {max(walls):.2f} | {card:.1f} | {walk} |")
+
+
+if __name__ == "__main__":
+    main()

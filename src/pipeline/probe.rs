@@ -1,0 +1,305 @@
+//! How fast this rank's device is at what a run consists of, measured briefly: one made-up decoder layer of the
+//! model's proportions, by the code that computes the real ones.
+
+use std::time::Instant;
+
+use half::bf16;
+use safetensors::Dtype;
+
+use super::operations::{operations, pairs, weights};
+use crate::backend::{Backend, Compute, OnBackend, Solver};
+use crate::calibration::Sampling;
+use crate::checkpoint::SourceTensor;
+use crate::error::Result;
+use crate::methods::layer::Layer;
+use crate::methods::{Method, SiteStatistics, quantize_linear, weight_amax};
+use crate::model::{Batch, Decoder, LayerWeights, ModelConfig, Site};
+use crate::nvfp4::{GlobalScale, QuantizedLinear};
+
+/// Rates in FLOP/s.
+#[derive(Clone, Copy, Debug)]
+pub struct Rates {
+    /// The forward pass.
+    pub forward: f64,
+    /// The forward pass with statistics.
+    pub statistics: f64,
+    /// Choosing codes.
+    pub solving: f64,
+}
+
+/// What is measured.
+pub struct Probe<'a> {
+    /// The model.
+    pub model: &'a ModelConfig,
+    /// How codes are chosen.
+    pub method: Method,
+    /// Whether inputs are quantized when served.
+    pub quantized_inputs: bool,
+    /// Tokens of the calibration documents.
+    pub lengths: &'a [usize],
+    /// Tokens to measure with.
+    pub tokens: usize,
+}
+
+/// Weights of the layer that the forward pass is measured with at most, for each token: a few dozen milliseconds
+/// on a device that `tokens` suit.
+const WEIGHTS: usize = 1 << 14;
+
+/// Choosing codes takes this many times longer, so that layer is as many times smaller.
+const SMALLER: usize = 8;
+
+/// Milliseconds of repetitions.
+const LONG_ENOUGH: u128 = 60;
+
+impl OnBackend for Probe<'_> {
+    type Output = Result<Rates>;
+
+    fn run<B: Solver>(self, backend: &B) -> Result<Rates> {
+        let lengths = self.documents();
+        let model = shrunk(self.model, WEIGHTS * self.tokens);
+        let counted = operations(&model, self.method);
+        let tokens = lengths.iter().sum::<usize>() as f64;
+        let forward = counted.forward(tokens as u64, pairs(&model, &lengths));
+        let mut layer = Sample::new(backend, &model, &lengths)?;
+        let seconds = fastest(|| layer.pass(&mut |_, _| Ok(())))?;
+        let mut rates = Rates { forward: forward / seconds, statistics: forward / seconds, solving: 0.0 };
+        if self.method.needs_statistics() {
+            let mut sums = layer.sums(self.method)?;
+            let seconds = fastest(|| layer.pass(&mut |site, x| add(backend, x, &mut sums[site as usize])))?;
+            rates.statistics = (forward + tokens * counted.statistics) / seconds;
+        }
+        let small = shrunk(self.model, WEIGHTS * self.tokens / SMALLER);
+        let mut layer = Sample::new(backend, &small, &lengths)?;
+        let seconds = if self.method.needs_statistics() { layer.solve(&self)? } else { layer.round()? };
+        rates.solving = operations(&small, self.method).solving / seconds;
+        Ok(rates)
+    }
+}
+
+impl Probe<'_> {
+    /// Documents of the calibration set's lengths, as many as have the tokens to measure with.
+    fn documents(&self) -> Vec<usize> {
+        let mut left = self.tokens;
+        let mut documents = Vec::new();
+        let known = self.lengths.iter().copied().chain(std::iter::repeat(self.tokens));
+        for length in known.take_while(|&length| length > 0) {
+            documents.push(length.min(left));
+            left -= length.min(left);
+            if left == 0 {
+                break;
+            }
+        }
+        documents
+    }
+}
+
+/// A model of the same proportions whose layer has about as many `weights`, or the model where it has fewer.
+fn shrunk(model: &ModelConfig, most: usize) -> ModelConfig {
+    let factor = (weights(model) as f64 / most as f64).sqrt().max(1.0);
+    let share = |n: usize, unit: usize| ((n as f64 / factor / unit as f64).round() as usize).max(1) * unit;
+    let kv_heads = share(model.kv_heads, 1);
+    ModelConfig {
+        hidden: share(model.hidden, 16),
+        intermediate: share(model.intermediate, 16),
+        heads: share(model.heads, 1).div_ceil(kv_heads) * kv_heads,
+        kv_heads,
+        ..model.clone()
+    }
+}
+
+/// The shortest of a few: what else runs on the machine at start should not decide the plan.
+fn fastest(mut once: impl FnMut() -> Result<()>) -> Result<f64> {
+    once()?;
+    let (begun, mut best) = (Instant::now(), f64::INFINITY);
+    while best.is_infinite() || begun.elapsed().as_millis() < LONG_ENOUGH {
+        let started = Instant::now();
+        once()?;
+        best = best.min(started.elapsed().as_secs_f64());
+    }
+    Ok(best)
+}
+
+fn add<B: Backend>(backend: &B, x: &B::Tensor, (sums, products): &mut (B::Sums, bool)) -> Result<()> {
+    backend.add_channels(x, sums)?;
+    if *products { backend.add_products(x, sums) } else { Ok(()) }
+}
+
+/// A layer, hidden states to walk through it, and what they need.
+struct Sample<'a, B: Backend> {
+    backend: &'a B,
+    model: &'a ModelConfig,
+    decoder: Decoder<'a, B>,
+    batch: Batch<B>,
+    weights: LayerWeights<B::Tensor>,
+    work: crate::model::Workspace<B::Tensor>,
+    x: B::Tensor,
+}
+
+impl<'a, B: Solver> Sample<'a, B> {
+    fn new(backend: &'a B, model: &'a ModelConfig, lengths: &[usize]) -> Result<Sample<'a, B>> {
+        let table = model.rope.table(lengths);
+        let decoder = Decoder::new(backend, model, &table)?;
+        let batch = decoder.batch(&table, 0, lengths)?;
+        let tensors = model.layer_tensors(0);
+        let source = |name: &str| {
+            let spec = tensors.iter().find(|spec| spec.name == name).expect("a tensor of the layer");
+            let (elements, cols) = (spec.shape.iter().product(), *spec.shape.last().unwrap_or(&1));
+            let (mean, scale) =
+                if spec.shape.len() == 1 { (1.0, 0.1) } else { (0.0, (cols as f32).powf(-0.5)) };
+            let dtype = match backend.compute() {
+                Compute::Bf16 => Dtype::BF16,
+                Compute::F32 => Dtype::F32,
+            };
+            SourceTensor::from_bytes(name, dtype, &spec.shape, &noise(backend, elements, mean, scale))
+        };
+        let mut x = backend.activation(batch.tokens, model.hidden)?;
+        backend.upload(&noise(backend, batch.tokens * model.hidden, 0.0, 1.0), &mut x)?;
+        let weights = LayerWeights::load(backend, model, 0, &source)?;
+        let work = decoder.workspace(batch.tokens)?;
+        Ok(Sample { backend, model, decoder, batch, weights, work, x })
+    }
+
+    /// One pass, waited for.
+    fn pass(&mut self, take: &mut dyn FnMut(Site, &B::Tensor) -> Result<()>) -> Result<()> {
+        let mut maxima = self.backend.amax(Site::ALL.len())?;
+        self.decoder.layer(&self.weights, &self.batch, &mut self.work, &mut self.x, &mut |site, x| {
+            self.backend.observe(x, &mut maxima, site as usize)?;
+            take(site, x)
+        })?;
+        self.backend.read_amax(&maxima).map(|_| ())
+    }
+
+    fn sums(&self, method: Method) -> Result<Vec<(B::Sums, bool)>> {
+        let products = method.needs_products();
+        let sums = |site| Ok((self.backend.sums(self.model.site_features(site), products)?, products));
+        Site::ALL.into_iter().map(sums).collect()
+    }
+
+    /// Chooses the layer's codes by its statistics; returns the seconds.
+    fn solve(&mut self, probe: &Probe<'_>) -> Result<f64> {
+        let (backend, model) = (self.backend, self.model);
+        let mut sums = self.sums(probe.method)?;
+        let mut rows = [vec![], vec![], vec![], vec![]];
+        let sampled: Vec<u32> = (0..self.batch.tokens.min(Sampling::ROWS) as u32).collect();
+        let index = backend.index(&sampled)?;
+        self.pass(&mut |site, x| {
+            add(backend, x, &mut sums[site as usize])?;
+            let mut some = backend.activation(sampled.len(), model.site_features(site))?;
+            backend.embed(x, &index, &mut some)?;
+            rows[site as usize] = backend.values(&some)?;
+            Ok(())
+        })?;
+        let mut statistics = Vec::new();
+        for ((sums, _), rows) in sums.into_iter().zip(rows) {
+            let channels = backend.read_channels(&sums)?;
+            let cols = channels.amax.len();
+            let held_out = probe.method.guard.then(|| backend.matrix(rows.clone(), cols)).transpose()?;
+            statistics.push(SiteStatistics {
+                products: backend.products(sums)?,
+                fit: backend.matrix(rows, cols)?,
+                held_out,
+                amax: channels.amax,
+                squares: channels.squares,
+            });
+        }
+        let Ok(mut statistics) = <[_; 4]>::try_from(statistics) else { unreachable!("there are four sites") };
+        let read = |site: Site| {
+            self.weights.linears[site as usize].iter().map(|l| backend.widen(&l.weight)).collect()
+        };
+        let layer = Layer {
+            solver: backend,
+            quantized: [true; 4],
+            weights: &read,
+            norms: [vec![1.0; model.hidden], vec![1.0; model.hidden]],
+            round_norm: &|x| x,
+            heads: (model.heads / model.kv_heads, model.head_dim),
+            // As many as a Hessian is trusted with.
+            tokens: usize::MAX / 2,
+            quantized_inputs: probe.quantized_inputs,
+        };
+        let started = Instant::now();
+        let mut folds = layer.folds(probe.method, &statistics)?;
+        layer.quantize(probe.method, &mut folds, &mut statistics, &mut |_| Ok(()))?;
+        Ok(started.elapsed().as_secs_f64())
+    }
+
+    /// Rounds the layer's weights with max scales; returns the seconds.
+    fn round(&mut self) -> Result<f64> {
+        let groups = self.model.groups(0);
+        let mut spare = QuantizedLinear::default();
+        fastest(|| {
+            for (group, linears) in groups.iter().zip(&self.weights.linears) {
+                let maxima = weight_amax(self.backend, linears)?;
+                let global = GlobalScale::from_amax(maxima.into_iter().fold(0.0, f32::max));
+                for (spec, linear) in group.members.iter().zip(linears) {
+                    let elements = spec.rows * spec.cols;
+                    spare =
+                        quantize_linear(self.backend, linear, elements, global, std::mem::take(&mut spare))?;
+                }
+            }
+            Ok(())
+        })
+    }
+}
+
+/// Values around `mean` in the compute dtype: a short sequence of noise, again and again.
+fn noise<B: Backend>(backend: &B, elements: usize, mean: f32, scale: f32) -> Vec<u8> {
+    // A prime, so that rows differ.
+    let mut state = 1u32;
+    let sequence = (0..4093).map(|_| {
+        state = state.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
+        mean + scale * (state as f32 / u32::MAX as f32 - 0.5) * 12f32.sqrt()
+    });
+    let sequence: Vec<u8> = match backend.compute() {
+        Compute::Bf16 => sequence.flat_map(|x| bf16::from_f32(x).to_le_bytes()).collect(),
+        Compute::F32 => sequence.flat_map(f32::to_le_bytes).collect(),
+    };
+    let bytes = elements * backend.compute().bytes();
+    sequence.iter().copied().cycle().take(bytes).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::backend::cpu::Cpu;
+
+    fn model() -> ModelConfig {
+        let config = serde_json::json!({
+            "architectures": ["LlamaForCausalLM"], "hidden_size": 128, "intermediate_size": 192,
+            "num_attention_heads": 8, "num_key_value_heads": 2, "num_hidden_layers": 3, "vocab_size": 128,
+        });
+        ModelConfig::parse(config.as_object().unwrap()).unwrap()
+    }
+
+    #[test]
+    fn rates_are_numbers_for_every_method_and_dtype() {
+        for (method, compute) in
+            [(Method::MAX, Compute::F32), (Method::BEST, Compute::Bf16), (Method::BEST, Compute::F32)]
+        {
+            let model = model();
+            let lengths = [20, 30, 500];
+            let probe =
+                Probe { model: &model, method, quantized_inputs: true, lengths: &lengths, tokens: 64 };
+            assert_eq!(probe.documents(), [20, 30, 14]);
+            let Rates { forward, statistics, solving } = probe.run(&Cpu::new(compute, 1).unwrap()).unwrap();
+            for rate in [forward, statistics, solving] {
+                assert!(rate.is_finite() && rate > 1e6, "{method} {compute:?}: {rate}");
+            }
+        }
+    }
+
+    #[test]
+    fn a_shrunk_model_keeps_its_proportions() {
+        let large = ModelConfig {
+            hidden: 12288,
+            intermediate: 28672,
+            heads: 96,
+            kv_heads: 8,
+            head_dim: 128,
+            ..model()
+        };
+        let small = shrunk(&large, weights(&large) / 64);
+        assert_eq!((small.hidden, small.intermediate, small.heads, small.kv_heads), (1536, 3584, 12, 1));
+        assert_eq!(shrunk(&large, usize::MAX), large);
+    }
+}
