@@ -121,6 +121,15 @@ fn a_plan_for_machines_that_are_not_there_needs_none_of_them() {
     assert_eq!(json["stages"][1]["memory"], 1 << 30);
     assert_eq!(plan(&nodes).args(["--memory-per-rank", "1MiB"]).run().code, 4);
     assert_eq!(plan(&["--nodes", "24GiB:tpu"]).run().code, 2);
+
+    let slow = plan(&nodes).args(["--link", "1Mbit,1Mbit,10Gbit"]).succeed().json();
+    let seconds = |json: &Value| json["seconds"].as_f64().unwrap();
+    assert!(seconds(&slow) > 2.0 * seconds(&plan(&nodes).succeed().json()));
+    assert_eq!(plan(&nodes).args(["--link", "1Gbit,1Gbit"]).run().code, 4);
+    std::fs::remove_file(scene.weights()).unwrap();
+    let described = plan(&nodes).args(["--link", "1Mbit,1Mbit,10Gbit"]).succeed().json();
+    assert_eq!(described, slow, "config.json says as much as headers");
+    assert_eq!(plan(&[]).run().code, 3, "machines at hand are for weights at hand");
 }
 
 #[test]
