@@ -346,6 +346,28 @@ mod tests {
     }
 
     #[test]
+    fn a_directory_takes_hidden_states_where_memory_does_not() {
+        let thorough = crate::planner::ModelCost { statistics: Some(1 << 20), hidden_row: 4096, ..model(4) };
+        let (without, with) = (work(), Work { spills: true, ..work() });
+        let slice = thorough.slice(1..3);
+        let peak = |mode, work| slice.peak_memory(mode, 10, &thorough, work);
+        let all = without.tokens * thorough.hidden_row;
+        let in_flight = IN_FLIGHT * without.micro_batch_tokens * thorough.hidden_row;
+        assert_eq!(peak(Mode::Streamed, &without), peak(Mode::Spilled, &with) - in_flight + 2 * all);
+        assert_eq!(peak(Mode::Streamed, &with), peak(Mode::Spilled, &with) + all);
+        let mode = |memory, work| slice.mode(&node(0, memory, 1e9), 10, &thorough, work);
+        let least = slice.least_memory(&thorough, &with);
+        assert_eq!(mode(least, &with), Some(Mode::Spilled));
+        assert_eq!(mode(least, &without), None);
+        assert_eq!(mode(least - 1, &with), None);
+        assert_eq!(mode(peak(Mode::Streamed, &with), &with), Some(Mode::Streamed));
+        // Where disks are slow it shows.
+        let fast = node(0, 0, 1e15);
+        let seconds = |mode| slice.cost(&fast, mode, 10, &thorough, &with).rest;
+        assert!(seconds(Mode::Spilled) > 5 * seconds(Mode::Streamed));
+    }
+
+    #[test]
     fn streaming_holds_a_few_layers_whatever_the_slice() {
         let model = model(100);
         let streamed = |range| model.slice(range).peak_memory(Mode::Streamed, 2, &model, &work());
