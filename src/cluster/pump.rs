@@ -217,6 +217,8 @@ impl<'a> Pump<'a> {
     /// Reports this rank's failure to rank 0 and gives it time to end the job, so that it is told once.
     fn fail(&mut self, error: Error) -> Error {
         if let (Some(transport), false) = (&self.cluster.transport, self.cluster.is_root()) {
+            // Rank 0 ends the job by a signal to this rank, among others.
+            super::signals::disregard();
             let text = self.cluster.place(&error.to_string());
             let body = serde_json::to_vec(&(error.exit as i32, text)).expect("plain data");
             transport.send(0, Tag::Root, Frame { head: vec![FAIL], body });

@@ -34,7 +34,7 @@ fn signals_end_a_run_alone_with_exit_code_5() {
     for (name, text) in [("-TERM", "SIGTERM"), ("-INT", "SIGINT")] {
         let scene = scene();
         let run = quantize(&scene, "out").start();
-        scene.until_finished(2, &run);
+        scene.until_finished(1, &run);
         signal(name, run.pid());
         let ended = run.wait();
         assert_eq!(ended.code, 5, "{}", ended.stderr);
@@ -61,7 +61,7 @@ fn a_signal_to_the_launcher_ends_all_ranks_with_one_message() {
 fn a_rank_that_is_killed_ends_the_job_which_goes_on_with_other_ranks() {
     let scene = scene();
     let run = quantize(&scene, "out").ranks(3).start();
-    scene.until_finished(2, &run);
+    scene.until_finished(1, &run);
     signal("-KILL", run.rank(1));
     assert_ne!(run.wait().code, 0);
     resumes(&scene, 2);
@@ -72,7 +72,7 @@ fn a_silent_rank_ends_the_job_by_name() {
     for silent in [1, 0] {
         let scene = scene();
         let run = quantize(&scene, "out").args(["--link-timeout", "3"]).ranks(3).start();
-        scene.until_finished(2, &run);
+        scene.until_finished(1, &run);
         let pid = run.rank(silent);
         signal("-STOP", pid);
         let ended = run.wait();

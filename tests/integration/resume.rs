@@ -53,22 +53,22 @@ fn with_a_directory_a_resumed_run_forwards_nothing_that_is_finished() {
         quantize(&scene, "expected", method).succeed();
         let (all, expected) = (passes(&scene), digests(&scene.path("expected")));
         assert_eq!(all % LAYERS, 0, "one rank walks once");
-        // The parts that are finished at the kill, and how many ranks go on.
-        for (parts, ranks) in [(2, 1), (4, 1), (3, 2), (5, 3)] {
+        // The layers that are finished at the kill, and how many ranks go on.
+        for (layers, ranks) in [(1, 1), (3, 1), (2, 2), (4, 3)] {
             let run = with_dir(&scene, quantize(&scene, "out", method)).start();
-            scene.until_finished(parts, &run);
+            scene.until_finished(layers, &run);
             signal("-KILL", run.pid());
             run.wait();
             if scene.path("out").exists() {
                 panic!("{method}: finished before it was killed");
             }
-            let finished = scene.parts_finished() as u64 - 1;
+            let finished = scene.layers_finished() as u64;
             let mut resume = with_dir(&scene, quantize(&scene, "out", method)).args(["--resume"]);
             if ranks > 1 {
                 resume = resume.ranks(ranks);
             }
             resume.succeed();
-            assert_eq!(digests(&scene.path("out")), expected, "{method}, killed after {parts} parts");
+            assert_eq!(digests(&scene.path("out")), expected, "{method}, killed after {layers} layers");
             let left = (LAYERS - finished.min(LAYERS)) * (all / LAYERS);
             // Stages that are waited for first forward alone.
             let sweeps = if method == "best" && ranks > 1 { 2 } else { 1 };
@@ -89,9 +89,9 @@ fn several_ranks_that_are_killed_go_on_with_any_number() {
         let scene = scene();
         quantize(&scene, "expected", method).succeed();
         let expected = digests(&scene.path("expected"));
-        for (parts, before, after) in [(1, 3, 3), (3, 3, 1), (4, 2, 3)] {
+        for (layers, before, after) in [(0, 3, 3), (2, 3, 1), (3, 2, 3)] {
             let run = with_dir(&scene, quantize(&scene, "out", method)).ranks(before).start();
-            scene.until_finished(parts, &run);
+            scene.until_finished(layers, &run);
             signal("-KILL", run.rank(1));
             run.wait();
             // A small model may have been faster than the signal.
@@ -115,7 +115,7 @@ fn groups_that_have_passed_are_not_walked_again() {
     let (all, plan) = (passes(&scene), report(&scene)["plan"].clone());
     assert!(plan["stages"][0]["group"].as_u64().unwrap() * 2 * LAYERS <= all, "several groups: {plan}");
     let running = run("out").start();
-    scene.until_finished(2, &running);
+    scene.until_finished(1, &running);
     signal("-KILL", running.rank(1));
     running.wait();
     run("out").args(["--resume"]).succeed();
@@ -129,7 +129,7 @@ fn damaged_states_are_ignored_with_a_warning() {
     let scene = scene();
     quantize(&scene, "expected", "best").succeed();
     let run = with_dir(&scene, quantize(&scene, "out", "best")).start();
-    scene.until_finished(4, &run);
+    scene.until_finished(3, &run);
     signal("-KILL", run.pid());
     run.wait();
     let kept: Vec<_> =

@@ -113,15 +113,15 @@ impl Scene {
     }
 
     /// Parts that the journal of the unfinished run to `out` says are finished.
-    pub fn parts_finished(&self) -> usize {
+    pub fn layers_finished(&self) -> usize {
         let journal = fs::read_to_string(self.path("out.partial/distq-journal.jsonl")).unwrap_or_default();
-        journal.lines().filter(|line| line.starts_with("{\"part\"")).count()
+        journal.lines().filter(|line| line.starts_with("{\"part\":{\"layer\"")).count()
     }
 
-    /// Waits until the run has a journal and has finished so many parts, of which the first has no layer.
-    pub fn until_finished(&self, parts: usize, run: &Running) {
+    /// Waits until the run has a journal and has finished so many layers.
+    pub fn until_finished(&self, layers: usize, run: &Running) {
         let (journal, started) = (self.path("out.partial/distq-journal.jsonl"), Instant::now());
-        while !journal.exists() || self.parts_finished() < parts {
+        while !journal.exists() || self.layers_finished() < layers {
             assert!(started.elapsed() < Duration::from_secs(40), "process {} finishes nothing", run.pid());
             std::thread::sleep(Duration::from_millis(2));
         }
