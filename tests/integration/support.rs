@@ -112,7 +112,7 @@ impl Scene {
         self.write_config(&config);
     }
 
-    /// Parts that the journal of the unfinished run to `out` says are finished.
+    /// Layers that the journal of the unfinished run to `out` says are finished.
     pub fn layers_finished(&self) -> usize {
         let journal = fs::read_to_string(self.path("out.partial/distq-journal.jsonl")).unwrap_or_default();
         journal.lines().filter(|line| line.starts_with("{\"part\":{\"layer\"")).count()
