@@ -120,7 +120,7 @@ pub fn quantize(cluster: &Cluster, options: &Options) -> Result<()> {
     }
     let walked = started.elapsed().as_secs_f64();
 
-    let synced = files.as_ref().map_or(Ok(()), |files| files.sync());
+    let synced = cluster.attend(|| files.as_ref().map_or(Ok(()), |files| files.sync()));
     cluster.agree(synced)?;
     let rank = RankReport::new(
         cluster,
@@ -131,14 +131,14 @@ pub fn quantize(cluster: &Cluster, options: &Options) -> Result<()> {
         timeline.finish(),
     );
     let ranks = cluster.gather(&rank)?;
+    let library = cluster.library();
     cluster.from_root(|| {
         let (dir, root) = ear.expect("rank 0 has the output");
         let records = in_model_order(root.records);
         let side_files = write_description(&job, options, &dir.partial, placement.index.as_ref())?;
         let proof = verify::verify(&dir.partial, Some(&job.checkpoint.dir))?;
         let verified = started.elapsed().as_secs_f64();
-        let mut report =
-            RunReport::new(options, cluster.library(), plan, ranks.unwrap_or_default(), records, proof);
+        let mut report = RunReport::new(options, library, plan, ranks.unwrap_or_default(), records, proof);
         report.calibration = options.plan.calibrates().then_some(calibration.summary);
         report.source_bytes = job.checkpoint.total_bytes();
         report.output_bytes = placement.total_bytes();

@@ -70,15 +70,13 @@ pub fn survey(
 ) -> Result<Survey> {
     // The model's path and the device are each rank's own.
     let mine = PlanOptions { model: PathBuf::new(), device: DeviceChoice::Auto, ..options.clone() };
-    let asked = cluster.all_gather(&format!("distq {} {mine:?}", env!("CARGO_PKG_VERSION")))?;
+    let asked = cluster.all_gather(&format!("{mine:?}"))?;
     cluster.agree(match asked[cluster.rank()] == asked[0] {
         true => Ok(()),
-        false => Err(Error::usage(
-            "this rank was started with other options, or is another version, than rank 0",
-        )
-        .fix("give every rank the same binary and the same options; only MODEL and --device may differ")),
+        false => Err(Error::usage("this rank was started with other options than rank 0")
+            .fix("give every rank the same options; only MODEL and --device may differ")),
     })?;
-    let opened = cluster.agree(open(options))?;
+    let opened = cluster.agree(cluster.attend(|| open(options)))?;
     let (checkpoint, model, inventory) = opened;
     let digests = cluster.all_gather(&checkpoint.digest())?;
     let odd = digests.iter().position(|digest| *digest != digests[0]);
@@ -93,7 +91,8 @@ pub fn survey(
     let lengths = lengths(&model)?;
     let memory = cluster.agree(chosen_memory(&options.memory_per_rank, cluster.rank(), cluster.size()))?;
     let mut machine = Machine::here(cluster.host(), cluster.local_size(), memory);
-    let opened = Device::open(options.device, inventory.compute, cluster.local_rank(), machine.threads);
+    let (local_rank, threads) = (cluster.local_rank(), machine.threads);
+    let opened = cluster.attend(|| Device::open(options.device, inventory.compute, local_rank, threads));
     let device = cluster.agree(opened)?;
     if let (Some(on_card), None) = (device.memory(), memory) {
         (machine.memory, machine.kind) = (on_card, MemoryKind::Device);
@@ -102,7 +101,7 @@ pub fn survey(
     let cache = device.memory().map_or(0, |on_card| {
         Machine::here(cluster.host(), cluster.local_size(), None).memory.saturating_sub(on_card)
     });
-    let flops = cluster.agree(device.probe())?;
+    let flops = cluster.agree(cluster.attend(|| device.probe()))?;
     let node = Node {
         rank: cluster.rank(),
         host: cluster.host().to_string(),

@@ -86,6 +86,10 @@ pub fn verify(dir: &Path, source: Option<&Path>) -> Result<Report> {
     for stage in [scale_rules::RULES, source_rules::RULES] {
         judge(&subject, stage, &mut results);
     }
+    if let Some(error) = subject.source.as_ref().and_then(|source| source.trouble()) {
+        // A source that can't be read proves nothing against the output.
+        return Err(error.clone());
+    }
     results.sort_by_key(|rule: &RuleResult| (rule.id.as_bytes()[0], rule.id[1..].parse().unwrap_or(0u8)));
     Ok(Report::new(subject.layout, results, subject.errors()))
 }
