@@ -3,6 +3,7 @@
 use std::io::Write;
 use std::os::unix::process::CommandExt;
 use std::process::{Command, Stdio};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use crossbeam_channel::{RecvTimeoutError, Sender, bounded};
@@ -24,8 +25,9 @@ impl Cluster {
             Err(error) if self.size == 1 => say(&error.to_string()),
             Err(error) if !self.agreed.get() => self.end(error),
             Err(error) => {
-                if self.is_root() {
-                    say(&error.to_string());
+                match self.is_root() {
+                    true => say(&error.to_string()),
+                    false => TOLD.store(true, Ordering::Relaxed),
                 }
                 // A launcher kills the other ranks when the first one leaves with a failure: let rank 0 speak first.
                 let _ = self.barrier();
@@ -99,8 +101,14 @@ pub(super) fn install_panic_hook(cluster: &Cluster) {
     }));
 }
 
+/// Whether this rank has nothing more to say: a launcher sends SIGTERM to those that are left when one has ended.
+static TOLD: AtomicBool = AtomicBool::new(false);
+
+/// Says why the job ends, once.
 pub(super) fn say(text: &str) {
-    let mut stderr = std::io::stderr().lock();
-    let _ = writeln!(stderr, "distq: {text}");
-    let _ = stderr.flush();
+    if !TOLD.swap(true, Ordering::Relaxed) {
+        let mut stderr = std::io::stderr().lock();
+        let _ = writeln!(stderr, "distq: {text}");
+        let _ = stderr.flush();
+    }
 }
