@@ -19,7 +19,7 @@ NP    ?= 3
 # Documents that the demo calibrates with; distq's own default is 256.
 SAMPLES ?= 64
 
-.PHONY: all setup build fixtures nvrtc demo test gpu-test slurm-test fault-test check bench third-party clean
+.PHONY: all setup build fixtures nvrtc demo test gpu-test slurm-test mpi-test fault-test check bench third-party clean
 
 all: build
 
@@ -69,6 +69,10 @@ gpu-test: setup
 # Under a real Slurm on this machine (root; Debian's slurmctld, slurmd, slurm-client and munge).
 slurm-test: build fixtures
 	tests/slurm/run $(CACHE)/smollm2 --method max --calib-samples 16
+
+# Built against Open MPI 5 and MPICH, each from its Python package, and tested with them.
+mpi-test: setup fixtures
+	tests/mpi/run $(CACHE)/mpi $(CACHE)/smollm2
 
 # Ranks killed at random moments, and resumed.
 fault-test: build fixtures

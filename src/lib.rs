@@ -10,6 +10,7 @@ pub mod checkpoint;
 pub mod cluster;
 pub mod error;
 pub mod evaluation;
+pub mod last_words;
 pub mod methods;
 pub mod model;
 pub mod nvfp4;

@@ -7,6 +7,10 @@ use std::process::ExitCode;
 
 use clap::Parser;
 use distq::cluster::{Cluster, launch};
+use distq::last_words::Allocator;
+
+#[global_allocator]
+static ALLOCATOR: Allocator = Allocator;
 
 fn main() -> ExitCode {
     let cli = match cli::Cli::try_parse() {
@@ -22,7 +26,9 @@ fn main() -> ExitCode {
     let cluster = match Cluster::start(cli.silence()) {
         Ok(cluster) => cluster,
         Err(error) => {
-            let _ = writeln!(std::io::stderr(), "distq: {error}");
+            if launch().is_none_or(|launch| launch.rank == 0) {
+                let _ = writeln!(std::io::stderr(), "distq: {error}");
+            }
             return ExitCode::from(error.exit as u8);
         }
     };

@@ -7,13 +7,13 @@ use std::path::Path;
 use std::sync::atomic::{AtomicPtr, Ordering};
 use std::sync::{Arc, Once};
 
-use crate::error::ExitCode;
+use crate::last_words;
 
 /// A mapped file, in a list that only grows: a signal handler reads it without a lock.
 struct Mapped {
     descriptor: RawFd,
     bytes: u64,
-    message: String,
+    became_shorter: String,
     next: *const Mapped,
 }
 
@@ -25,14 +25,14 @@ static HANDLER: Once = Once::new();
 pub fn watch(file: &Arc<File>, path: &Path, bytes: u64) {
     // Kept open for good: a number that is used again must not name another file.
     let file: &'static Arc<File> = Box::leak(Box::new(file.clone()));
-    let message = format!(
-        "distq: the file became shorter than {bytes} bytes while it was in use ({}); restore the source and use --resume\n",
+    let became_shorter = format!(
+        "the file became shorter than {bytes} bytes while it was in use ({}); restore the source and use --resume",
         path.display()
     );
     let node = Box::leak(Box::new(Mapped {
         descriptor: file.as_raw_fd(),
         bytes,
-        message,
+        became_shorter,
         next: FILES.load(Ordering::Acquire),
     }));
     while let Err(now) =
@@ -41,7 +41,7 @@ pub fn watch(file: &Arc<File>, path: &Path, bytes: u64) {
         node.next = now;
     }
     HANDLER.call_once(|| {
-        // SAFETY: the handler calls fstat, write and _exit alone, takes no lock, and allocates nothing.
+        // SAFETY: the handler calls fstat and what `last_words` calls, takes no lock, and allocates nothing.
         let registered = unsafe { signal_hook::low_level::register(signal_hook::consts::SIGBUS, failed) };
         if let Err(error) = registered {
             tracing::warn!("can't listen for SIGBUS: {error}");
@@ -51,7 +51,6 @@ pub fn watch(file: &Arc<File>, path: &Path, bytes: u64) {
 
 /// Says which file it was, and ends the process.
 fn failed() {
-    let mut message: &str = "distq: a mapped file can't be read; check the disk, then use --resume\n";
     let mut node: *const Mapped = FILES.load(Ordering::Acquire);
     // SAFETY: nodes are never freed nor changed once they are in the list.
     while let Some(file) = unsafe { node.as_ref() } {
@@ -59,14 +58,11 @@ fn failed() {
         let mut stat: libc::stat = unsafe { std::mem::zeroed() };
         // SAFETY: the descriptor is kept open, and `stat` is written only.
         if unsafe { libc::fstat(file.descriptor, &mut stat) } == 0 && (stat.st_size as u64) < file.bytes {
-            message = &file.message;
-            break;
+            last_words::end(&file.became_shorter);
         }
         node = file.next;
     }
-    // SAFETY: both may be called from a signal handler; the message is valid for its length.
-    unsafe {
-        libc::write(libc::STDERR_FILENO, message.as_ptr().cast(), message.len());
-        libc::_exit(ExitCode::Run as i32);
-    }
+    last_words::end(
+        "a mapped file of the source can't be read; check the disk or the network it is on, then use --resume",
+    );
 }

@@ -4,7 +4,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::fs::File;
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, Mutex, OnceLock};
 
 use memmap2::{Advice, MmapOptions};
 use safetensors::Dtype;
@@ -43,6 +43,7 @@ pub struct Checkpoint {
     pub(super) handles: Vec<Arc<File>>,
     pub(super) lengths: Vec<u64>,
     mapped: Mutex<BTreeSet<String>>,
+    trouble: Arc<OnceLock<Error>>,
 }
 
 /// The bytes of one stored tensor, mapped from its file; unmapped when the last clone is dropped.
@@ -55,8 +56,17 @@ pub struct SourceTensor {
     /// Shape, outermost first.
     pub shape: Vec<usize>,
     map: Arc<memmap2::Mmap>,
-    /// Its file and where it begins there; none for a tensor that no file holds.
-    file: Option<(Arc<File>, u64)>,
+    /// None for a tensor that no file holds.
+    stored: Option<Stored>,
+}
+
+/// Where a tensor's bytes are.
+#[derive(Clone, Debug)]
+struct Stored {
+    file: Arc<File>,
+    offset: u64,
+    /// The checkpoint's, which remembers the first error of any reader.
+    trouble: Arc<OnceLock<Error>>,
 }
 
 impl SourceTensor {
@@ -71,12 +81,16 @@ impl SourceTensor {
     /// # Errors
     /// Exit code 5, naming the tensor, where the file can't be read that far.
     pub fn read(&self, at: usize, to: &mut [u8]) -> Result<()> {
-        match &self.file {
-            Some((file, offset)) => file.read_exact_at(to, offset + at as u64).map_err(|e| {
-                Error::run(format!("can't read: {e}"))
-                    .tensor(&self.name)
-                    .fix("check the disk, then use --resume")
-            }),
+        match &self.stored {
+            Some(Stored { file, offset, trouble }) => {
+                file.read_exact_at(to, offset + at as u64).map_err(|e| {
+                    let error = Error::run(format!("can't read the source: {e}"))
+                        .tensor(&self.name)
+                        .fix("check the disk or the network it is on, then use --resume");
+                    trouble.get_or_init(|| error.clone());
+                    error
+                })
+            }
             None => {
                 to.copy_from_slice(&self.map[at..at + to.len()]);
                 Ok(())
@@ -90,7 +104,7 @@ impl SourceTensor {
         let mut map = memmap2::MmapMut::map_anon(bytes.len()).map_err(failed)?;
         map.copy_from_slice(bytes);
         let map = Arc::new(map.make_read_only().map_err(failed)?);
-        Ok(SourceTensor { name: name.to_string(), dtype, shape: shape.to_vec(), map, file: None })
+        Ok(SourceTensor { name: name.to_string(), dtype, shape: shape.to_vec(), map, stored: None })
     }
 }
 
@@ -126,6 +140,7 @@ impl Checkpoint {
             handles: Vec::new(),
             lengths: Vec::new(),
             mapped: Mutex::default(),
+            trouble: Arc::default(),
         };
         for (file, path) in checkpoint.files.clone().iter().enumerate() {
             if !path.exists() && weight_map.is_some() {
@@ -166,6 +181,7 @@ impl Checkpoint {
             handles: vec![],
             lengths: vec![],
             mapped: Mutex::default(),
+            trouble: Arc::default(),
         }
     }
 
@@ -280,7 +296,11 @@ impl Checkpoint {
             dtype: entry.dtype,
             shape: entry.shape.clone(),
             map: Arc::new(map),
-            file: Some((handle.clone(), entry.offset)),
+            stored: Some(Stored {
+                file: handle.clone(),
+                offset: entry.offset,
+                trouble: self.trouble.clone(),
+            }),
         })
     }
 
@@ -294,6 +314,11 @@ impl Checkpoint {
                 libc::posix_fadvise(fd, entry.offset as i64, entry.bytes as i64, libc::POSIX_FADV_WILLNEED);
             }
         }
+    }
+
+    /// The first error of any reader of its tensors, for those who only want to know whether all went well.
+    pub fn trouble(&self) -> Option<&Error> {
+        self.trouble.get()
     }
 
     /// Bytes of the distinct tensors that were mapped so far.

@@ -168,7 +168,7 @@ fn reserve(file: &File, bytes: u64) -> io::Result<()> {
 pub(super) fn failed(what: &str, path: &Path, error: io::Error) -> Error {
     let fix = match error.kind() {
         io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded => {
-            "free some space, or choose another disk"
+            "free some space, then use --resume if the run had begun; or choose another disk"
         }
         io::ErrorKind::PermissionDenied | io::ErrorKind::ReadOnlyFilesystem => {
             "choose a directory that you may write to"

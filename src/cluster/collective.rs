@@ -71,13 +71,22 @@ impl Cluster {
         }
     }
 
-    /// Rank 0 computes, every rank gets the value or the error.
-    pub fn from_root<T: Serialize + DeserializeOwned>(
+    /// Rank 0 computes, for as long as it takes; every rank gets the value or the error.
+    pub fn from_root<T: Serialize + DeserializeOwned + Send>(
         &self,
-        compute: impl FnOnce() -> Result<T>,
+        compute: impl FnOnce() -> Result<T> + Send,
     ) -> Result<T> {
-        let mine = if self.is_root() { compute().map(Some) } else { Ok(None) };
+        let mine = if self.is_root() { self.attend(compute).map(Some) } else { Ok(None) };
         self.agree(mine).and_then(|value| self.broadcast(value))
+    }
+
+    /// Every rank that this one hears of regularly: rank 0, or on rank 0 all, and its neighbours in the tree.
+    pub(super) fn company(&self) -> Vec<usize> {
+        if self.is_root() {
+            (1..self.size).collect()
+        } else {
+            [vec![0, self.parent()], self.children()].concat()
+        }
     }
 
     fn parent(&self) -> usize {
@@ -103,21 +112,12 @@ impl Cluster {
     fn deliver(&self, peer: usize, frame: Frame) {
         let Some(transport) = &self.transport else { return };
         transport.send(peer, Tag::Collective, frame);
-        let mut idle = self.idle();
-        while transport.progress() > 0 {
-            idle.wait();
-        }
+        self.wait_until(|| (transport.progress() == 0).then_some(()));
     }
 
     fn receive_from(&self, peer: usize) -> Frame {
         let transport = self.transport.as_ref().expect("a job of one rank has no peers");
-        let mut idle = self.idle();
-        loop {
-            if let Some(frame) = transport.poll_from(peer, Tag::Collective) {
-                return frame;
-            }
-            idle.wait();
-        }
+        self.wait_until(|| transport.poll_from(peer, Tag::Collective))
     }
 }
 

@@ -1,9 +1,15 @@
 //! Ending together: one message, one exit code, no rank left behind.
 
 use std::io::Write;
+use std::os::unix::process::CommandExt;
+use std::process::{Command, Stdio};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Duration;
+
+use crossbeam_channel::{RecvTimeoutError, Sender, bounded};
 
 use super::{Cluster, launch, transport};
-use crate::error::{ExitCode, Result};
+use crate::error::{Error, ExitCode, Result};
 
 impl Cluster {
     /// Text prefixed with the rank and the host it comes from, where there is more than one.
@@ -14,24 +20,71 @@ impl Cluster {
     /// Turns the result of a run into the process's exit code. A failure that every rank knows of is
     /// printed by rank 0 and all leave in order; any other is printed here and takes the other ranks down.
     pub fn conclude(self, result: Result<()>) -> i32 {
-        let Err(error) = result else { return ExitCode::Done as i32 };
-        let code = error.exit as i32;
-        if self.size == 1 {
-            say(&error.to_string());
-            return code;
+        let code = result.as_ref().err().map_or(ExitCode::Done, |error| error.exit) as i32;
+        match result {
+            Err(error) if self.size == 1 => say(&error.to_string()),
+            Err(error) if !self.agreed.get() => self.end(error),
+            Err(error) => {
+                match self.is_root() {
+                    true => say(&error.to_string()),
+                    false => TOLD.store(true, Ordering::Relaxed),
+                }
+                super::signals::disregard();
+                // A launcher kills the other ranks when the first one leaves with a failure: let rank 0 speak first.
+                let _ = self.barrier();
+            }
+            Ok(()) => {}
         }
-        if !self.agreed.get() {
-            // Rank 0 passes on what others reported to it; its text already names them.
-            say(&if error.is_reported() { error.to_string() } else { self.place(&error.to_string()) });
-            abort(code);
-        }
-        if self.is_root() {
-            say(&error.to_string());
-        }
-        super::signals::disregard();
-        // A launcher kills the other ranks when the first one leaves with a failure: let rank 0 speak first.
-        let _ = self.barrier();
+        let late = "MPI does not come to its end: another rank is silent, or the link to it is down";
+        let _in_time = within(self.silence, self.place(late), code);
+        drop(self);
         code
+    }
+
+    /// Tells of a failure that not every rank knows of, and takes the other ranks down.
+    pub(super) fn end(&self, error: Error) -> ! {
+        if error.is_reported() {
+            // Rank 0 passes on what others reported to it; the text already names them.
+            say(&error.to_string());
+        } else {
+            self.report_to_root(&error);
+            say(&self.place(&error.to_string()));
+        }
+        free_launcher();
+        abort(error.exit as i32)
+    }
+}
+
+/// Ends this process with a message and an exit code, unless what it returns is dropped within the limit: for the calls
+/// into MPI that can't be asked whether they are done.
+pub(super) fn within(limit: Duration, late: String, code: i32) -> Sender<()> {
+    let (in_time, timer) = bounded(0);
+    std::thread::spawn(move || {
+        if timer.recv_timeout(limit) == Err(RecvTimeoutError::Timeout) {
+            say(&late);
+            std::process::exit(code);
+        }
+    });
+    in_time
+}
+
+/// Open MPI's mpirun waits for the daemon of a host that is gone, for as long as TCP hopes. If it is still there when all
+/// ranks have had the time to end, it is ended as well.
+fn free_launcher() {
+    let launcher = std::os::unix::process::parent_id();
+    let comm = format!("/proc/{launcher}/comm");
+    let name = std::fs::read_to_string(&comm).unwrap_or_default();
+    if ["mpirun", "mpiexec", "orterun", "prterun"].contains(&name.trim()) {
+        let end =
+            r#"for signal in INT KILL; do sleep 4; [ "$(cat "$1")" = "$2" ] && kill -$signal "$0"; done"#;
+        // In a process group of its own, since this rank's is about to be killed.
+        let _ = Command::new("sh")
+            .args(["-c", end, &launcher.to_string(), &comm, name.trim()])
+            .process_group(0)
+            .stdin(Stdio::null())
+            .stdout(Stdio::null())
+            .stderr(Stdio::null())
+            .spawn();
     }
 }
 
@@ -49,8 +102,14 @@ pub(super) fn install_panic_hook(cluster: &Cluster) {
     }));
 }
 
+/// Whether this rank has nothing more to say: a launcher sends SIGTERM to those that are left when one has ended.
+static TOLD: AtomicBool = AtomicBool::new(false);
+
+/// Says why the job ends, once.
 pub(super) fn say(text: &str) {
-    let mut stderr = std::io::stderr().lock();
-    let _ = writeln!(stderr, "distq: {text}");
-    let _ = stderr.flush();
+    if !TOLD.swap(true, Ordering::Relaxed) {
+        let mut stderr = std::io::stderr().lock();
+        let _ = writeln!(stderr, "distq: {text}");
+        let _ = stderr.flush();
+    }
 }

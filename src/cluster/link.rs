@@ -54,6 +54,9 @@ impl Cluster {
         let mut received = false;
         while transport.progress() > 0 || !received {
             received = received || transport.poll_from(from, Tag::Collective).is_some();
+            if let Err(error) = self.stay_alive() {
+                self.end(error);
+            }
         }
         started.elapsed().as_secs_f64()
     }

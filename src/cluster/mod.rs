@@ -6,9 +6,11 @@
 
 mod collective;
 mod fail;
+mod greeting;
 mod launch;
 mod link;
 mod machine;
+mod pulse;
 mod pump;
 mod signals;
 mod transport;
@@ -23,8 +25,15 @@ pub use machine::{Machine, MemoryKind};
 pub use pump::Outgoing;
 pub use transport::{Frame, Tag};
 
-use crate::error::{Error, Result};
+use crate::error::{Error, ExitCode, Result};
+use crate::last_words;
+use greeting::Greeting;
+use pulse::Pulse;
 use transport::Transport;
+
+/// Launchers start ranks one after another: MPI gets this long to bring them together, however short the time after
+/// which a rank counts as silent.
+const BEGINNING: Duration = Duration::from_secs(60);
 
 /// This rank's view of the job.
 pub struct Cluster {
@@ -32,48 +41,57 @@ pub struct Cluster {
     rank: usize,
     size: usize,
     host: String,
-    /// Every rank's host.
+    /// Every rank's host, once they have greeted each other.
     hosts: Vec<String>,
     /// How long a rank may be silent.
     silence: Duration,
-    local_rank: Cell<usize>,
-    local_size: Cell<usize>,
+    pulse: Pulse,
+    local_rank: usize,
+    local_size: usize,
     /// Whether every rank knows of the failure that ends the job.
     agreed: Cell<bool>,
 }
 
 impl Cluster {
-    /// Joins the job that the launcher described, or starts one alone. While ranks work together, one that is not
-    /// heard of for as long as `silence` ends the job. So do SIGINT and SIGTERM.
+    /// Joins the job that the launcher described, or starts one alone. A rank that is not heard of for as long as
+    /// `silence` ends the job. So do SIGINT and SIGTERM.
     ///
     /// # Errors
-    /// Exit code 5 where the launcher and the MPI library do not belong together.
+    /// Exit code 5, on every rank, where the launcher and the MPI library do not belong together. Ranks whose programs
+    /// or libraries do not belong together end here.
     pub fn start(silence: Duration) -> Result<Cluster> {
         let host = machine::host_name();
-        let Some(launch) = launch() else {
-            let cluster = Cluster::new(None, 0, 1, host, silence);
-            fail::install_panic_hook(&cluster);
-            signals::watch(&cluster)?;
-            return Ok(cluster);
+        let mut cluster = match launch() {
+            None => Cluster::new(None, 0, 1, host, silence),
+            Some(launch) => {
+                let late = "MPI did not start: the ranks don't find each other; see TROUBLESHOOTING.md";
+                let late = format!("rank {} ({host}): {late}", launch.rank);
+                let _in_time = fail::within(silence.max(BEGINNING), late, ExitCode::Run as i32);
+                let transport = Transport::start()?;
+                let (rank, size) = (transport.rank(), transport.size());
+                if size == 1 && launch.size.is_some_and(|expected| expected > 1) {
+                    return Err(Error::run(format!(
+                        "the launcher started {} ranks, but this binary's MPI ({}) sees only itself",
+                        launch.size.unwrap_or_default(),
+                        Transport::library(),
+                    ))
+                    .fix("start it with the mpirun of the MPI it was built with, or build it again with this one's mpicc"));
+                }
+                Cluster::new(Some(transport), rank, size, host, silence)
+            }
         };
-        let transport = Transport::start()?;
-        let (rank, size) = (transport.rank(), transport.size());
-        if size == 1 && launch.size.is_some_and(|expected| expected > 1) {
-            return Err(Error::run(format!(
-                "the launcher started {} ranks, but this binary's MPI ({}) sees only itself",
-                launch.size.unwrap_or_default(),
-                Transport::library(),
-            ))
-            .fix("start it with the mpirun of the MPI it was built with, or build it again with this one's mpicc"));
-        }
-        let mut cluster = Cluster::new(Some(transport), rank, size, host, silence);
+        last_words::speak_for(cluster.place(""));
         fail::install_panic_hook(&cluster);
-        let hosts: Vec<String> = cluster.all_gather(&cluster.host)?;
-        let same = |ranks: &[String]| ranks.iter().filter(|host| **host == cluster.host).count();
-        cluster.local_rank.set(same(&hosts[..rank]));
-        cluster.local_size.set(same(&hosts));
-        cluster.hosts = hosts;
-        signals::watch(&cluster)?;
+        let greetings = cluster.all_gather(&Greeting::of(&cluster))?;
+        let (mine, root) = (&greetings[cluster.rank], &greetings[0]);
+        let ready = mine.fits(root).and_then(|()| signals::watch(&cluster));
+        if let Err(error) = cluster.agree(ready) {
+            // The caller has no cluster yet to end with.
+            std::process::exit(cluster.conclude(Err(error)));
+        }
+        cluster.local_rank = greetings[..cluster.rank].iter().filter(|other| other.is_near(mine)).count();
+        cluster.local_size = greetings.iter().filter(|other| other.is_near(mine)).count();
+        cluster.hosts = greetings.into_iter().map(|greeting| greeting.host).collect();
         Ok(cluster)
     }
 
@@ -84,17 +102,20 @@ impl Cluster {
         host: String,
         silence: Duration,
     ) -> Cluster {
-        Cluster {
+        let mut cluster = Cluster {
             transport,
             rank,
             size,
-            hosts: vec![host.clone()],
+            hosts: vec![],
             host,
             silence,
-            local_rank: Cell::new(0),
-            local_size: Cell::new(1),
+            pulse: Pulse::new([]),
+            local_rank: 0,
+            local_size: 1,
             agreed: Cell::new(false),
-        }
+        };
+        cluster.pulse = Pulse::new(cluster.company());
+        cluster
     }
 
     /// This rank, from 0.
@@ -114,12 +135,12 @@ impl Cluster {
 
     /// This rank among those on the same host, from 0.
     pub fn local_rank(&self) -> usize {
-        self.local_rank.get()
+        self.local_rank
     }
 
     /// Ranks on this host.
     pub fn local_size(&self) -> usize {
-        self.local_size.get()
+        self.local_size
     }
 
     /// Whether this is rank 0, which plans, writes and prints.
@@ -148,7 +169,7 @@ const LOOKING: u32 = 16;
 
 impl Cluster {
     fn idle(&self) -> Idle {
-        let ranks = self.local_size.get() as u32;
+        let ranks = self.local_size as u32;
         Idle { pause: PAUSE, longest: Duration::from_millis(1) * ranks.div_ceil(LOOKING) }
     }
 }

@@ -24,6 +24,8 @@ pub enum Tag {
     Collective = 3,
     /// The end of the pipeline, from rank 0.
     Stop = 4,
+    /// Signs of life; with a body, to rank 0, a failure.
+    Pulse = 5,
 }
 
 /// A message: a small head and a body of any size.
@@ -43,6 +45,8 @@ pub struct Transport {
     world: SimpleCommunicator,
     thread: ThreadId,
     sending: RefCell<VecDeque<Sending>>,
+    /// At most one a tag.
+    arriving: RefCell<Vec<Arriving>>,
     /// Finalises MPI when dropped.
     _universe: Universe,
 }
@@ -53,6 +57,16 @@ struct Sending {
     bytes: usize,
     /// Never touched until the request has completed; a Vec's buffer stays where it is when the Vec moves.
     _buffer: Vec<u8>,
+}
+
+/// A message whose beginning is here, and whose body MPI is writing. Nothing waits for the rest: a link may go down
+/// in the middle of it.
+struct Arriving {
+    peer: usize,
+    tag: Tag,
+    /// Its body's buffer is not touched until all requests have completed, and stays where it is when it moves.
+    frame: Frame,
+    requests: Vec<ffi::MPI_Request>,
 }
 
 impl Transport {
@@ -67,6 +81,7 @@ impl Transport {
             world: universe.world(),
             thread: std::thread::current().id(),
             sending: RefCell::default(),
+            arriving: RefCell::default(),
             _universe: universe,
         })
     }
@@ -137,38 +152,71 @@ impl Transport {
 
     /// The next message with this tag, if one has arrived, and its sender.
     pub fn poll(&self, tag: Tag) -> Option<(usize, Frame)> {
-        self.on_main_thread();
-        let arrived = self.world.any_process().immediate_matched_probe_with_tag(tag as i32)?;
-        let (first, status) = arrived.matched_receive_vec::<u8>();
-        let peer = status.source_rank();
-        Some((peer as usize, self.rest_of(peer, tag, first)))
+        self.next(tag, None)
     }
 
-    /// The next message from `peer` with this tag, if one has arrived.
+    /// The next message from `peer` with this tag, if one has arrived. A tag is polled either so or with
+    /// [`Transport::poll`].
     pub fn poll_from(&self, peer: usize, tag: Tag) -> Option<Frame> {
-        self.on_main_thread();
-        let process = self.world.process_at_rank(peer as i32);
-        let arrived = process.immediate_matched_probe_with_tag(tag as i32)?;
-        let (first, _) = arrived.matched_receive_vec::<u8>();
-        Some(self.rest_of(peer as i32, tag, first))
+        self.next(tag, Some(peer)).map(|(_, frame)| frame)
     }
 
-    /// Receives the body that follows a message's first part on the same channel; this waits only for bytes
-    /// that are already under way.
-    fn rest_of(&self, peer: i32, tag: Tag, first: Vec<u8>) -> Frame {
-        let (length, head) = first.split_first_chunk().expect("a message starts with its length");
-        let length = u64::from_le_bytes(*length) as usize;
-        let mut body = Vec::new();
-        while body.len() < length {
-            let (part, _) = self.world.process_at_rank(peer).receive_vec_with_tag::<u8>(tag as i32);
-            if body.is_empty() {
-                body = part;
-                body.reserve_exact(length - body.len());
-            } else {
-                body.extend(part);
+    fn next(&self, tag: Tag, from: Option<usize>) -> Option<(usize, Frame)> {
+        self.on_main_thread();
+        let mut arriving = self.arriving.borrow_mut();
+        let begun = match arriving.iter().position(|message| message.tag == tag) {
+            Some(begun) => begun,
+            None => {
+                arriving.push(self.begin(tag, from)?);
+                arriving.len() - 1
             }
+        };
+        arriving[begun].requests.retain_mut(|request| {
+            let mut done = 0;
+            // SAFETY: the request belongs to an MPI_Irecv that was not yet reported complete.
+            unsafe { ffi::MPI_Test(request, &mut done, ffi::RSMPI_STATUS_IGNORE) };
+            done == 0
+        });
+        if !arriving[begun].requests.is_empty() {
+            return None;
         }
-        Frame { head: head.to_vec(), body }
+        let Arriving { peer, frame, .. } = arriving.swap_remove(begun);
+        Some((peer, frame))
+    }
+
+    /// Takes the first part of a message, which is small, and has MPI write the others into the body as they come:
+    /// they are the next ones from this sender with this tag.
+    fn begin(&self, tag: Tag, from: Option<usize>) -> Option<Arriving> {
+        let arrived = match from {
+            Some(peer) => {
+                self.world.process_at_rank(peer as i32).immediate_matched_probe_with_tag(tag as i32)
+            }
+            None => self.world.any_process().immediate_matched_probe_with_tag(tag as i32),
+        };
+        let (first, status) = arrived?.matched_receive_vec::<u8>();
+        let peer = status.source_rank();
+        let (length, head) = first.split_first_chunk().expect("a message starts with its length");
+        let mut frame = Frame { head: head.to_vec(), body: vec![0; u64::from_le_bytes(*length) as usize] };
+        let receive = |part: &mut [u8]| {
+            // SAFETY: the part lies in the frame's body, whose heap buffer the caller keeps, neither read nor moved,
+            // until MPI_Test has reported the request complete (or the process ends). Lengths are at most PART, so they
+            // fit a C int.
+            unsafe {
+                let mut request = ffi::RSMPI_REQUEST_NULL;
+                ffi::MPI_Irecv(
+                    part.as_mut_ptr().cast(),
+                    part.len() as i32,
+                    ffi::RSMPI_UINT8_T,
+                    peer,
+                    tag as i32,
+                    self.world.as_raw(),
+                    &mut request,
+                );
+                request
+            }
+        };
+        let requests = frame.body.chunks_mut(PART).map(receive).collect();
+        Some(Arriving { peer: peer as usize, tag, frame, requests })
     }
 
     fn on_main_thread(&self) {

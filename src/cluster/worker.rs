@@ -15,7 +15,7 @@ impl Cluster {
     /// [`Tag::Root`] goes to `root` on the main thread.
     ///
     /// # Errors
-    /// The error of whichever rank failed; rank 0 gets it with the rank named.
+    /// The worker's. Where there are other ranks, an error of any of them ends the job here.
     pub fn work<T: Send>(
         &self,
         worker: impl FnOnce(Sender<Outgoing>, Receiver<Frame>) -> Result<T> + Send,
@@ -39,6 +39,10 @@ impl Cluster {
                 },
                 _ => Err(Error::run(format!("rank {peer} sent a message that is not for this rank"))),
             });
+            if let (Err(error), Some(_)) = (&pumped, &self.transport) {
+                // Other ranks must not wait until this one's worker notices.
+                self.end(error.clone());
+            }
             if pumped.is_err() {
                 // Wake a worker that waits for hidden states or for the main thread.
                 drop(to_worker);

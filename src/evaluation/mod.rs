@@ -91,8 +91,9 @@ struct Judged {
 impl Judged {
     fn new(cluster: &Cluster, options: &Options, path: &Path, text: &Text) -> Result<Judged> {
         let started = Instant::now();
-        let opened = Weights::open(path, options.compute).and_then(|weights| {
-            let (ranks, layers) = (cluster.size(), weights.model.layers);
+        let ranks = cluster.size();
+        let opened = cluster.attend(|| Weights::open(path, options.compute)).and_then(|weights| {
+            let layers = weights.model.layers;
             if ranks > layers {
                 return Err(Error::plan(format!("{ranks} ranks for {layers} layers"))
                     .fix(format!("start at most {layers} ranks")));
@@ -107,8 +108,9 @@ impl Judged {
         });
         let weights = cluster.agree(opened)?;
         let machine = Machine::here(cluster.host(), cluster.local_size(), None);
-        let device = Device::open(options.device, weights.compute, cluster.local_rank(), machine.threads);
-        let device = cluster.agree(device)?;
+        let (local_rank, threads) = (cluster.local_rank(), machine.threads);
+        let opened = cluster.attend(|| Device::open(options.device, weights.compute, local_rank, threads));
+        let device = cluster.agree(opened)?;
         let hidden = device.run(Forward { cluster, weights: &weights, text })?;
         Ok(Judged {
             path: path.to_path_buf(),
@@ -123,12 +125,12 @@ impl Judged {
     fn scores(&self, cluster: &Cluster, reference: Option<&Judged>, text: &Text) -> Result<Scores> {
         let started = Instant::now();
         let mine = if cluster.rank() + 1 == cluster.size() {
-            let scored = match reference {
+            let scored = cluster.attend(|| match reference {
                 None => self.with_logits(|mine| metrics::score(text, mine, None)),
                 Some(reference) => self.with_logits(|mine| {
                     reference.with_logits(|theirs| metrics::score(text, mine, Some(theirs)))
                 }),
-            };
+            });
             scored.map(Some).map_err(|error| error.file(&self.path))
         } else {
             Ok(None)

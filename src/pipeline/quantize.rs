@@ -132,10 +132,11 @@ pub fn quantize(cluster: &Cluster, options: &Options) -> Result<()> {
 
     // Rank 0 reads what others wrote only when it has left their hosts. Its own it can read back at once; they reach
     // the disk while it does, or at the latest when the directory is published.
-    let synced = match &files {
-        Some(files) if !cluster.is_root() => files.sync(),
+    let is_root = cluster.is_root();
+    let synced = cluster.attend(|| match &files {
+        Some(files) if !is_root => files.sync(),
         _ => Ok(()),
-    };
+    });
     cluster.agree(synced)?;
     let rank = RankReport::new(
         cluster,
@@ -146,6 +147,7 @@ pub fn quantize(cluster: &Cluster, options: &Options) -> Result<()> {
         timeline.finish(),
     );
     let ranks = cluster.gather(&rank)?;
+    let library = cluster.library();
     cluster.from_root(|| {
         let (dir, root) = ear.expect("rank 0 has the output");
         let records = in_model_order(root.records);
@@ -159,11 +161,10 @@ pub fn quantize(cluster: &Cluster, options: &Options) -> Result<()> {
             let join = |thread: ScopedJoinHandle<'_, Result<()>>| {
                 thread.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))
             };
-            synced.map_or(Ok(()), join).map(|()| proof)
+            synced.map_or(Ok(()), join).and(proof)
         })?;
         let verified = started.elapsed().as_secs_f64();
-        let mut report =
-            RunReport::new(options, cluster.library(), plan, ranks.unwrap_or_default(), records, proof);
+        let mut report = RunReport::new(options, library, plan, ranks.unwrap_or_default(), records, proof);
         report.calibration = options.plan.calibrates().then_some(calibration.summary);
         report.source_bytes = job.checkpoint.total_bytes();
         report.output_bytes = placement.total_bytes();

@@ -79,15 +79,14 @@ pub fn survey(
         work_dir: options.work_dir.as_ref().map(|_| PathBuf::new()),
         ..options.clone()
     };
-    let asked = cluster.all_gather(&format!("distq {} {mine:?}", env!("CARGO_PKG_VERSION")))?;
+    let asked = cluster.all_gather(&format!("{mine:?}"))?;
     cluster.agree(match asked[cluster.rank()] == asked[0] {
         true => Ok(()),
-        false => Err(Error::usage(
-            "this rank was started with other options, or is another version, than rank 0",
-        )
-        .fix("give every rank the same binary and the same options; only MODEL, --device and the path after --work-dir may differ")),
+        false => Err(Error::usage("this rank was started with other options than rank 0").fix(
+            "give every rank the same options; only MODEL, --device and the path after --work-dir may differ",
+        )),
     })?;
-    let opened = cluster.agree(open(options))?;
+    let opened = cluster.agree(cluster.attend(|| open(options)))?;
     let (checkpoint, model, inventory) = opened;
     let digests = cluster.all_gather(&checkpoint.digest())?;
     let odd = digests.iter().position(|digest| *digest != digests[0]);
@@ -107,7 +106,8 @@ pub fn survey(
         cluster.size(),
     ))?;
     let mut machine = Machine::here(cluster.host(), cluster.local_size(), memory);
-    let opened = Device::open(options.device, inventory.compute, cluster.local_rank(), machine.threads);
+    let (local_rank, threads) = (cluster.local_rank(), machine.threads);
+    let opened = cluster.attend(|| Device::open(options.device, inventory.compute, local_rank, threads));
     let device = cluster.agree(opened)?;
     if let (Some(on_card), None) = (device.memory(), memory) {
         (machine.memory, machine.kind) = (on_card, MemoryKind::Device);
@@ -117,7 +117,7 @@ pub fn survey(
         Machine::here(cluster.host(), cluster.local_size(), None).memory.saturating_sub(on_card)
     });
     // Ranks that share a disk measure it together, as they will use it.
-    let read_rate = cluster.agree(checkpoint.read_rate())?;
+    let read_rate = cluster.agree(cluster.attend(|| checkpoint.read_rate()))?;
     let probe = Probe {
         model: &model,
         method: options.method,
@@ -125,7 +125,7 @@ pub fn survey(
         lengths: &lengths,
         tokens: device.micro_batch_tokens() / 2,
     };
-    let rates = cluster.agree(device.run(probe))?;
+    let rates = cluster.agree(cluster.attend(|| device.run(probe)))?;
     let shared = if device.memory().is_some() { 1.0 } else { machine.crowding };
     let node = Node {
         rank: cluster.rank(),

@@ -75,7 +75,7 @@ const LISTED: usize = 5;
 /// # Errors
 /// Exit code 3 where `source` can't be opened. What is wrong with `dir` is in the report.
 pub fn verify(dir: &Path, source: Option<&Path>) -> Result<Report> {
-    Ok(Proof::begin(dir, source)?.finish())
+    Proof::begin(dir, source)?.finish()
 }
 
 /// A verification under way: layers whose bytes are all there can be read while others are still being made.
@@ -98,7 +98,10 @@ impl Proof {
     }
 
     /// Reads what has not been read, and judges every rule.
-    pub fn finish(self) -> Report {
+    ///
+    /// # Errors
+    /// Exit code 5 where the source can't be read.
+    pub fn finish(self) -> Result<Report> {
         let mut subject = self.subject;
         let mut results = vec![];
         for stage in [file_rules::RULES, config_rules::RULES, tensor_rules::RULES] {
@@ -110,8 +113,12 @@ impl Proof {
         for stage in [scale_rules::RULES, source_rules::RULES] {
             judge(&subject, stage, &mut results);
         }
+        if let Some(error) = subject.source.as_ref().and_then(|source| source.trouble()) {
+            // A source that can't be read proves nothing against the output.
+            return Err(error.clone());
+        }
         results.sort_by_key(|rule: &RuleResult| (rule.id.as_bytes()[0], rule.id[1..].parse().unwrap_or(0u8)));
-        Report::new(subject.layout, results, subject.errors())
+        Ok(Report::new(subject.layout, results, subject.errors()))
     }
 }
 

@@ -6,7 +6,7 @@ use std::fs;
 use safetensors::Dtype;
 use serde_json::{Value, json};
 
-use crate::support::{Distq, Scene};
+use crate::support::{Distq, Scene, digests, is_open_mpi, mpirun};
 
 /// What is done to a good scene, the arguments added, the exit code, and words of the message.
 struct Case {
@@ -311,6 +311,16 @@ fn outputs_that_can_not_be_written_are_refused() {
     assert!(ended.messages()[0].contains("/proc/out"), "{}", ended.stderr);
 }
 
+/// Runs mpirun with these arguments, where `DISTQ` stands for the binary: exit code and distq's messages.
+fn launch(arguments: &str) -> (Option<i32>, Vec<String>) {
+    let arguments = arguments.replace("DISTQ", env!("CARGO_BIN_EXE_distq"));
+    let output = mpirun().args(arguments.split_whitespace()).output().unwrap();
+    let stderr = String::from_utf8_lossy(&output.stderr).into_owned();
+    let messages =
+        stderr.lines().filter_map(|line| line.strip_prefix("distq: ")).map(str::to_string).collect();
+    (output.status.code(), messages)
+}
+
 #[test]
 fn more_ranks_than_layers_is_refused_with_the_numbers() {
     let ended = Scene::new().quantize("out").ranks(7).run();
@@ -318,27 +328,28 @@ fn more_ranks_than_layers_is_refused_with_the_numbers() {
     assert!(ended.messages()[0].contains("7 ranks for 6 layers"), "{}", ended.stderr);
 }
 
-/// Two ranks that were started with commands of their own: exit code and standard error.
-fn two_commands(first: &str, second: &str) -> (Option<i32>, String) {
-    let distq = env!("CARGO_BIN_EXE_distq");
-    let command = format!("mpirun --oversubscribe -np 1 {distq} {first} : -np 1 {distq} {second}");
-    let output = std::process::Command::new("sh")
-        .args(["-c", &command])
-        .env("OMPI_ALLOW_RUN_AS_ROOT", "1")
-        .env("OMPI_ALLOW_RUN_AS_ROOT_CONFIRM", "1")
-        .output()
-        .unwrap();
-    (output.status.code(), String::from_utf8_lossy(&output.stderr).into_owned())
+#[test]
+fn a_hostfile_with_more_slots_than_layers_is_refused_with_the_numbers() {
+    let scene = Scene::new();
+    // Either launcher's way to say it; without -np, one rank starts in every slot.
+    let hosts = if is_open_mpi() { "localhost slots=8\n" } else { "localhost:8\n" };
+    fs::write(scene.path("hosts"), hosts).unwrap();
+    let (hosts, model) = (scene.path("hosts").display().to_string(), scene.model().display().to_string());
+    let every_slot = if is_open_mpi() { "" } else { "-np 8" };
+    let (code, messages) =
+        launch(&format!("--hostfile {hosts} {every_slot} DISTQ plan {model} --scheme nvfp4a16 --method max"));
+    assert_eq!((code, messages.len()), (Some(4), 1), "{messages:?}");
+    assert!(messages[0].contains("8 ranks for 6 layers"), "{messages:?}");
 }
 
 #[test]
-fn ranks_that_were_asked_for_different_things_are_refused() {
+fn ranks_that_do_not_belong_together_are_refused_by_name() {
     // The same names, another configuration; no directory at all; another scheme.
     let (scene, other) = (Scene::new(), Scene::new());
     let mut config = other.config();
     config["rope_theta"] = json!(1234.0);
     other.write_config(&config);
-    let plan = |model: &str, scheme: &str| format!("plan {model} --scheme {scheme}");
+    let plan = |model: &str, scheme: &str| format!("plan {model} --scheme {scheme} --method max");
     let (model, other) = (scene.model().display().to_string(), other.model().display().to_string());
     let cases = [
         (plan(&other, "nvfp4a16"), 3, "another model"),
@@ -346,8 +357,21 @@ fn ranks_that_were_asked_for_different_things_are_refused() {
         (plan(&model, "nvfp4"), 2, "other options"),
     ];
     for (second, code, part) in cases {
-        let (ended, stderr) = two_commands(&plan(&model, "nvfp4a16"), &second);
-        assert_eq!(ended, Some(code), "{stderr}");
-        assert!(stderr.contains("rank 1") && stderr.contains(part), "{stderr}");
+        let first = plan(&model, "nvfp4a16");
+        let (ended, messages) = launch(&format!("-np 1 DISTQ {first} : -np 1 DISTQ {second}"));
+        assert_eq!((ended, messages.len()), (Some(code), 1), "{messages:?}");
+        assert!(messages[0].contains("rank 1") && messages[0].contains(part), "{messages:?}");
     }
+    let ended = scene.quantize("out").ranks(3).broken(2, "SHIM_MPI=Fast_MPI_9").run();
+    assert_eq!((ended.code, ended.messages().len()), (5, 1), "{}", ended.stderr);
+    let words = ["rank 2", "Fast_MPI_9", "same MPI on every host"];
+    assert!(words.iter().all(|word| ended.messages()[0].contains(word)), "{}", ended.stderr);
+}
+
+#[test]
+fn clocks_that_are_years_apart_change_nothing() {
+    let scene = Scene::new();
+    scene.quantize("alone").succeed();
+    scene.quantize("three").ranks(3).broken(1, "SHIM_CLOCK=-100000000").succeed();
+    assert_eq!(digests(&scene.path("three")), digests(&scene.path("alone")));
 }

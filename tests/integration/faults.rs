@@ -1,14 +1,14 @@
 //! Runs that are stopped from outside, and what is left of them.
 
 use std::fs;
+use std::process::Command;
 
 use crate::support::{Distq, Scene, digests, signal};
 
 /// A scene whose run takes long enough to be caught in the middle.
 fn scene() -> Scene {
     let scene = Scene::new();
-    let few = fs::read_to_string(scene.calib()).unwrap();
-    fs::write(scene.calib(), few.repeat(1500)).unwrap();
+    scene.repeat_calib(1500);
     scene
 }
 
@@ -97,4 +97,77 @@ fn a_source_that_shrinks_is_named() {
     assert!(ended.messages()[0].contains("model.safetensors"), "{}", ended.stderr);
     fs::write(scene.weights(), whole).unwrap();
     resumes(&scene, 1);
+}
+
+#[test]
+fn a_rank_out_of_memory_says_so_and_ends_the_job() {
+    let scene = scene();
+    let run = quantize(&scene, "out").ranks(3).start();
+    scene.until_finished(1, &run);
+    // From now on it gets nothing more.
+    let pid = run.rank(1);
+    let limited = Command::new("prlimit").args(["--as=1", "--pid", &pid.to_string()]).status();
+    assert!(limited.unwrap().success());
+    let ended = run.wait();
+    assert_eq!((ended.code, ended.messages().len()), (5, 1), "{}", ended.stderr);
+    let message = ended.messages()[0];
+    // What is refused first is chance: an allocation, or the mapping of a tensor.
+    assert!(message.starts_with("rank 1 ("), "{message}");
+    assert!(message.contains("out of memory") || message.contains("Cannot allocate memory"), "{message}");
+    resumes(&scene, 3);
+}
+
+#[test]
+fn a_disk_that_is_full_is_named_and_the_run_goes_on_when_it_is_not() {
+    // A file, after how many bytes, and the rank that writes it. Space for weights is reserved ahead, which some file
+    // systems can't.
+    let cases = [
+        ("out.partial/model.safetensors", 10_000, 1),
+        ("distq-journal", 2_000, 0),
+        ("out.partial/config.json", 0, 0),
+    ];
+    for (file, bytes, rank) in cases {
+        let scene = Scene::new();
+        let run = |out: &str| scene.quantize(out).args(["--method", "max"]);
+        let full = format!("SHIM_FILE={file} SHIM_WRITE={bytes}");
+        let ended = run("out").ranks(3).broken(rank, &full).run();
+        assert_eq!((ended.code, ended.messages().len()), (5, 1), "{file}: {}", ended.stderr);
+        let message = ended.messages()[0];
+        let words = [&format!("rank {rank} ("), file, "No space left", "--resume"];
+        assert!(words.iter().all(|word| message.contains(*word)), "{file}: {message}");
+        assert!(!scene.path("out").exists(), "{file}");
+        run("out").args(["--resume"]).succeed();
+        run("expected").succeed();
+        assert_eq!(digests(&scene.path("out")), digests(&scene.path("expected")), "{file}");
+    }
+}
+
+#[test]
+fn a_report_that_can_not_be_written_costs_no_output() {
+    let scene = Scene::new();
+    let report = scene.path("report.json");
+    let run = scene.quantize("out").args(["--method", "max", "--report"]).arg(&report);
+    let ended = run.broken(0, "SHIM_FILE=report.json SHIM_WRITE=0").run();
+    assert_eq!((ended.code, ended.messages().len()), (5, 1), "{}", ended.stderr);
+    assert!(ended.messages()[0].contains("report.json"), "{}", ended.stderr);
+    scene.quantize("expected").args(["--method", "max"]).succeed();
+    assert_eq!(digests(&scene.path("out")), digests(&scene.path("expected")));
+}
+
+#[test]
+fn a_source_that_can_not_be_read_is_told_from_a_wrong_output() {
+    // Through a mapping while a layer is walked, and through a read while the output is proven.
+    for (way, rank) in [("map", 1), ("read", 0)] {
+        let scene = Scene::new();
+        let run = |out: &str| scene.quantize(out).args(["--method", "max"]);
+        let bad = format!("SHIM_FILE=model/model.safetensors SHIM_READ={way}");
+        let ended = run("out").ranks(3).broken(rank, &bad).run();
+        assert_eq!((ended.code, ended.messages().len()), (5, 1), "{way}: {}", ended.stderr);
+        let message = ended.messages()[0];
+        let words = [&format!("rank {rank} ("), "the source", "--resume"];
+        assert!(words.iter().all(|word| message.contains(*word)), "{way}: {message}");
+        run("out").args(["--resume"]).ranks(2).succeed();
+        run("expected").succeed();
+        assert_eq!(digests(&scene.path("out")), digests(&scene.path("expected")), "{way}");
+    }
 }

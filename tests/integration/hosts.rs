@@ -7,13 +7,12 @@ use crate::support::Scene;
 /// What the script ends with where the machine makes no network namespaces.
 const SKIPPED: i32 = 77;
 
-#[test]
+/// Runs a script of `tests/hosts/` with at most `seconds`; skipped loudly where it can't do its work.
 #[allow(clippy::print_stderr)] // a skipped test says so
-fn hosts_that_share_only_a_network_give_the_files_of_one_rank() {
-    let scene = Scene::new();
-    let script = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/hosts/run");
+fn script(name: &str, scene: &Scene, seconds: u32) {
+    let script = format!("{}/tests/hosts/{name}", env!("CARGO_MANIFEST_DIR"));
     let run = Command::new("timeout")
-        .args(["60", script, env!("CARGO_BIN_EXE_distq")])
+        .args([&seconds.to_string(), &script, env!("CARGO_BIN_EXE_distq")])
         .arg(scene.model())
         .arg(scene.calib())
         .output()
@@ -24,4 +23,16 @@ fn hosts_that_share_only_a_network_give_the_files_of_one_rank() {
         return;
     }
     assert!(run.status.success(), "{}{said}", String::from_utf8_lossy(&run.stdout));
+}
+
+#[test]
+fn hosts_that_share_only_a_network_give_the_files_of_one_rank() {
+    script("run", &Scene::new(), 60);
+}
+
+#[test]
+fn a_link_that_goes_down_at_any_time_ends_the_job_by_name() {
+    let scene = Scene::new();
+    scene.repeat_calib(1500);
+    script("links", &scene, 200);
 }

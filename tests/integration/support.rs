@@ -4,6 +4,7 @@ use std::collections::BTreeMap;
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output, Stdio};
+use std::sync::OnceLock;
 use std::time::{Duration, Instant};
 
 use half::bf16;
@@ -72,6 +73,12 @@ impl Scene {
 
     pub fn calib(&self) -> PathBuf {
         self.path("calib.jsonl")
+    }
+
+    /// More calibration documents, the same ones again and again: the run takes longer.
+    pub fn repeat_calib(&self, times: usize) {
+        let few = fs::read_to_string(self.calib()).unwrap();
+        fs::write(self.calib(), few.repeat(times)).unwrap();
     }
 
     pub fn config(&self) -> Value {
@@ -163,6 +170,7 @@ pub fn change_safetensors(path: &Path, change: impl FnOnce(&mut Tensors)) {
 pub struct Distq {
     ranks: Option<usize>,
     args: Vec<std::ffi::OsString>,
+    broken: Option<(usize, String)>,
 }
 
 /// No run of a tiny model takes this long: a rank that hangs is a failure.
@@ -170,7 +178,7 @@ const LIMIT: Duration = Duration::from_secs(60);
 
 impl Distq {
     pub fn new(args: &[&str]) -> Distq {
-        Distq { ranks: None, args: args.iter().map(Into::into).collect() }
+        Distq { ranks: None, args: args.iter().map(Into::into).collect(), broken: None }
     }
 
     pub fn arg(mut self, arg: impl Into<std::ffi::OsString>) -> Distq {
@@ -189,6 +197,12 @@ impl Distq {
         self
     }
 
+    /// One rank has a broken machine, as these variables of `shim.c` say.
+    pub fn broken(mut self, rank: usize, variables: &str) -> Distq {
+        self.broken = Some((rank, format!("LD_PRELOAD={} {variables}", shim().display())));
+        self
+    }
+
     /// Runs it.
     pub fn run(&self) -> Ended {
         self.start().wait()
@@ -198,18 +212,23 @@ impl Distq {
     pub fn start(&self) -> Running {
         let binary = env!("CARGO_BIN_EXE_distq");
         let mut command = match self.ranks {
-            None => Command::new(binary),
+            None => Command::new("env"),
             Some(ranks) => {
-                let mut command = Command::new("mpirun");
-                command.args(["--oversubscribe", "-np", &ranks.to_string()]);
-                command.env("OMPI_ALLOW_RUN_AS_ROOT", "1").env("OMPI_ALLOW_RUN_AS_ROOT_CONFIRM", "1");
-                command.arg(binary);
+                let mut command = mpirun();
+                command.args(["-np", &ranks.to_string(), "env"]);
                 command
             }
         };
-        // Launchers that begin and end at the same moment fight over a common session directory.
+        match &self.broken {
+            None => command.arg(binary),
+            Some((rank, variables)) => {
+                let mine = "${OMPI_COMM_WORLD_RANK:-${PMI_RANK:-0}}";
+                let start = format!("test {mine} = {rank} && export {variables}; exec \"$0\" \"$@\"");
+                command.args(["sh", "-c", &start, binary])
+            }
+        };
         let session = tempfile::tempdir().unwrap();
-        command.env("OMPI_MCA_orte_tmpdir_base", session.path());
+        command.env(SESSION, session.path());
         command.args(&self.args).env("OMP_NUM_THREADS", "1").env("RUST_BACKTRACE", "0");
         command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
         let (started, child) = (Instant::now(), command.spawn().unwrap());
@@ -250,13 +269,14 @@ impl Running {
     pub fn rank(&self, rank: usize) -> u32 {
         let has =
             |environment: &[u8], entry: &str| environment.split(|&b| b == 0).any(|e| e == entry.as_bytes());
-        let session = format!("OMPI_MCA_orte_tmpdir_base={}", self.session.path().display());
+        let session = format!("{SESSION}={}", self.session.path().display());
+        let numbers = [format!("OMPI_COMM_WORLD_RANK={rank}"), format!("PMI_RANK={rank}")];
         let processes = fs::read_dir("/proc").unwrap().filter_map(|entry| entry.ok());
         processes
             .filter_map(|entry| entry.file_name().to_str()?.parse().ok())
             .find(|pid: &u32| {
                 let environment = fs::read(format!("/proc/{pid}/environ")).unwrap_or_default();
-                has(&environment, &session) && has(&environment, &format!("OMPI_COMM_WORLD_RANK={rank}"))
+                has(&environment, &session) && numbers.iter().any(|number| has(&environment, number))
             })
             .expect("the rank runs")
     }
@@ -272,6 +292,38 @@ impl Running {
             stderr: String::from_utf8_lossy(&output.stderr).into_owned(),
         }
     }
+}
+
+/// Launchers of Open MPI 4 that begin and end at the same moment fight over a common session directory, which this
+/// replaces; it also marks the processes of a run.
+const SESSION: &str = "OMPI_MCA_orte_tmpdir_base";
+
+/// The launcher on the path, set up for more ranks than cores and for root: Open MPI 4 or 5, or MPICH.
+pub fn mpirun() -> Command {
+    let mut command = Command::new("mpirun");
+    command.env("OMPI_ALLOW_RUN_AS_ROOT", "1").env("OMPI_ALLOW_RUN_AS_ROOT_CONFIRM", "1");
+    command.env("OMPI_MCA_rmaps_base_oversubscribe", "1");
+    command.env("PRTE_MCA_rmaps_default_mapping_policy", ":oversubscribe");
+    command
+}
+
+/// Whether the launcher on the path is Open MPI's.
+pub fn is_open_mpi() -> bool {
+    let version = Command::new("mpirun").arg("--version").output().unwrap();
+    String::from_utf8_lossy(&version.stdout).contains("Open MPI")
+}
+
+/// `shim.c`, compiled once.
+fn shim() -> &'static Path {
+    static SHIM: OnceLock<PathBuf> = OnceLock::new();
+    SHIM.get_or_init(|| {
+        let library = Path::new(env!("CARGO_TARGET_TMPDIR")).join("shim.so");
+        let source = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/integration/shim.c");
+        let compiled =
+            Command::new("cc").args(["-shared", "-fPIC", "-O1", "-o"]).arg(&library).arg(source).status();
+        assert!(compiled.unwrap().success(), "a C compiler is needed");
+        library
+    })
 }
 
 /// Sends a signal, such as `-TERM`.

@@ -1,0 +1,107 @@
+//! What a rank says when it can't go on at all: no memory, or a mapping that can't be read. Nothing here allocates,
+//! locks or returns, so it may be called from an allocator and from a signal handler.
+
+use std::alloc::{GlobalAlloc, Layout, System};
+use std::io::Write;
+use std::sync::OnceLock;
+use std::sync::atomic::{AtomicPtr, AtomicUsize, Ordering};
+use std::time::Duration;
+
+use crate::error::ExitCode;
+
+/// Rank and host, where there are several.
+static SPEAKER: OnceLock<String> = OnceLock::new();
+
+/// Last words that the main thread may pass on to the other ranks.
+static WORDS: AtomicPtr<u8> = AtomicPtr::new(std::ptr::null_mut());
+static LENGTH: AtomicUsize = AtomicUsize::new(0);
+
+/// From now on, last words begin with this: the rank and the host. Where it is not empty, the main thread asks for them
+/// with [`taken`].
+pub fn speak_for(speaker: String) {
+    // Set once, when the job starts.
+    let _ = SPEAKER.set(speaker);
+}
+
+/// The last words of another thread, once: whoever takes them ends the job.
+pub fn taken() -> Option<&'static str> {
+    let words = WORDS.swap(std::ptr::null_mut(), Ordering::AcqRel);
+    if words.is_null() {
+        return None;
+    }
+    // SAFETY: pointer and length are of a string that lives on, since the thread that left it never returns.
+    unsafe {
+        let bytes = std::slice::from_raw_parts(words, LENGTH.load(Ordering::Acquire));
+        Some(std::str::from_utf8_unchecked(bytes))
+    }
+}
+
+/// Ends the job with exit code 5 and one line: through the main thread, so that all ranks leave with one message, or,
+/// where that does not listen or there are no others, at once. A launcher then ends the other ranks.
+pub fn end(words: &str) -> ! {
+    let speaker = SPEAKER.get().map_or("", String::as_str);
+    if !speaker.is_empty() {
+        LENGTH.store(words.len(), Ordering::Release);
+        WORDS.store(words.as_ptr().cast_mut(), Ordering::Release);
+        // Sleeping is a system call and nothing else.
+        std::thread::sleep(Duration::from_secs(2));
+        while WORDS.load(Ordering::Acquire).is_null() {
+            // Taken: the main thread ends the process.
+            std::thread::sleep(Duration::from_secs(1));
+        }
+    }
+    let parts = ["distq: ", speaker, words, "\n"]
+        .map(|part| libc::iovec { iov_base: part.as_ptr().cast_mut().cast(), iov_len: part.len() });
+    // SAFETY: both may be called anywhere, and the parts are valid for their lengths; writev only reads them.
+    unsafe {
+        libc::writev(libc::STDERR_FILENO, parts.as_ptr(), parts.len() as i32);
+        libc::_exit(ExitCode::Run as i32)
+    }
+}
+
+/// The system's allocator, with a message that says who ran out of memory and what to do.
+pub struct Allocator;
+
+// SAFETY: every call is the system allocator's, and what it can't give ends the process.
+unsafe impl GlobalAlloc for Allocator {
+    unsafe fn alloc(&self, layout: Layout) -> *mut u8 {
+        // SAFETY: as the caller promises.
+        given(unsafe { System.alloc(layout) }, layout.size())
+    }
+
+    unsafe fn alloc_zeroed(&self, layout: Layout) -> *mut u8 {
+        // SAFETY: as the caller promises.
+        given(unsafe { System.alloc_zeroed(layout) }, layout.size())
+    }
+
+    unsafe fn realloc(&self, old: *mut u8, layout: Layout, size: usize) -> *mut u8 {
+        // SAFETY: as the caller promises.
+        given(unsafe { System.realloc(old, layout, size) }, size)
+    }
+
+    unsafe fn dealloc(&self, memory: *mut u8, layout: Layout) {
+        // SAFETY: as the caller promises.
+        unsafe { System.dealloc(memory, layout) }
+    }
+}
+
+fn given(memory: *mut u8, bytes: usize) -> *mut u8 {
+    if memory.is_null() {
+        out_of_memory(bytes);
+    }
+    memory
+}
+
+#[cold]
+fn out_of_memory(bytes: usize) -> ! {
+    let mut words = [0; 160];
+    let mut rest = &mut words[..];
+    // Formatting a number into a buffer allocates nothing; a line that does not fit is cut.
+    let _ = write!(
+        rest,
+        "out of memory: the system gives no {bytes} bytes more; free some, give this rank fewer layers or less \
+         --memory-per-rank, then use --resume"
+    );
+    let left = rest.len();
+    end(std::str::from_utf8(&words[..words.len() - left]).unwrap_or("out of memory"))
+}
