@@ -69,14 +69,13 @@ pub(super) fn within(limit: Duration, late: String, code: i32) -> Sender<()> {
 }
 
 /// Open MPI's mpirun waits for the daemon of a host that is gone, for as long as TCP hopes. If it is still there when all
-/// ranks have had the time to end, it is ended as well.
+/// ranks have had the time to end, it is ended as well (Ctrl-C makes it fall over instead).
 fn free_launcher() {
     let launcher = std::os::unix::process::parent_id();
     let comm = format!("/proc/{launcher}/comm");
     let name = std::fs::read_to_string(&comm).unwrap_or_default();
     if ["mpirun", "mpiexec", "orterun", "prterun"].contains(&name.trim()) {
-        let end =
-            r#"for signal in INT KILL; do sleep 4; [ "$(cat "$1")" = "$2" ] && kill -$signal "$0"; done"#;
+        let end = r#"sleep 10; [ "$(cat "$1")" = "$2" ] && kill -KILL "$0""#;
         // In a process group of its own, since this rank's is about to be killed.
         let _ = Command::new("sh")
             .args(["-c", end, &launcher.to_string(), &comm, name.trim()])
