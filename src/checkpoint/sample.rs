@@ -47,6 +47,10 @@ impl Checkpoint {
             file += 1;
         }
         let read = self.handles[file].read_at(buffer, at);
-        read.map_err(|e| Error::run(format!("can't read: {e}")).file(&self.files[file]).fix("check the disk"))
+        read.map_err(|e| {
+            Error::run(format!("can't read the source: {e}"))
+                .file(&self.files[file])
+                .fix("check the disk or the network it is on")
+        })
     }
 }

@@ -160,7 +160,8 @@ fn a_source_that_can_not_be_read_is_told_from_a_wrong_output() {
     for (way, rank) in [("map", 1), ("read", 0)] {
         let scene = Scene::new();
         let run = |out: &str| scene.quantize(out).args(["--method", "max"]);
-        let bad = format!("SHIM_FILE=model/model.safetensors SHIM_READ={way}");
+        // What the plan reads to learn the disk's rate is at most 32 reads.
+        let bad = format!("SHIM_FILE=model/model.safetensors SHIM_READ={way} SHIM_READS=32");
         let ended = run("out").ranks(3).broken(rank, &bad).run();
         assert_eq!((ended.code, ended.messages().len()), (5, 1), "{way}: {}", ended.stderr);
         let message = ended.messages()[0];
