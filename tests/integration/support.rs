@@ -174,7 +174,7 @@ pub struct Distq {
 }
 
 /// No run of a tiny model takes this long: a rank that hangs is a failure.
-const LIMIT: Duration = Duration::from_secs(60);
+const LIMIT: Duration = Duration::from_secs(240);
 
 impl Distq {
     pub fn new(args: &[&str]) -> Distq {
