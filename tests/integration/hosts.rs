@@ -27,12 +27,12 @@ fn script(name: &str, scene: &Scene, seconds: u32) {
 
 #[test]
 fn hosts_that_share_only_a_network_give_the_files_of_one_rank() {
-    script("run", &Scene::new(), 60);
+    script("run", &Scene::new(), 120);
 }
 
 #[test]
 fn a_link_that_goes_down_at_any_time_ends_the_job_by_name() {
     let scene = Scene::new();
     scene.repeat_calib(1500);
-    script("links", &scene, 200);
+    script("links", &scene, 300);
 }

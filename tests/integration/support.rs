@@ -129,7 +129,7 @@ impl Scene {
     pub fn until_finished(&self, layers: usize, run: &Running) {
         let (journal, started) = (self.path("out.partial/distq-journal.jsonl"), Instant::now());
         while !journal.exists() || self.layers_finished() < layers {
-            assert!(started.elapsed() < Duration::from_secs(40), "process {} finishes nothing", run.pid());
+            assert!(started.elapsed() < Duration::from_secs(80), "process {} finishes nothing", run.pid());
             std::thread::sleep(Duration::from_millis(2));
         }
     }
