@@ -24,7 +24,7 @@ DISTQ = str(ROOT / "target/release/distq")
 ENVIRONMENT = {
     **os.environ, "OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1", "OMP_NUM_THREADS": "1",
 }
-
+LAYERS = 30
 
 AFTER = "after publishing"
 PHASES = [
@@ -56,17 +56,22 @@ def ranks_of(launcher):
     return found
 
 
+def layers_finished(out):
+    """Decoder layers that the journal of an unfinished run calls finished."""
+    journal = Path(f"{out}.partial/distq-journal.jsonl")
+    return journal.read_text().count('{"part":{"layer"') if journal.exists() else 0
+
+
 def phase(out):
     """What the run was doing, by what it left."""
-    partial, journal = Path(f"{out}.partial"), Path(f"{out}.partial/distq-journal.jsonl")
     if out.exists():
         return AFTER
-    if not partial.exists():
+    if not Path(f"{out}.partial").exists():
         return PHASES[0]
-    parts = journal.read_text().count('{"part"') if journal.exists() else 0
-    if parts <= 1:
+    layers = layers_finished(out)
+    if layers == 0:
         return PHASES[1]
-    if parts < 32:
+    if layers < LAYERS:
         return PHASES[2]
     return PHASES[3]
 

@@ -4,11 +4,10 @@
 
 For each method and number of ranks: an undisturbed run without and with the directory (time of the walk, passes of
 micro-batches through layers, most bytes in the directory at once), then runs whose every rank gets SIGKILL when a
-share of the parts is finished, and that go on with --resume. Repeated are the passes of the second run beyond those of
+share of the layers is finished, and that go on with --resume. Repeated are the passes of the second run beyond those of
 layers that were not finished, in percent of an undisturbed run's; every resumed output is compared by SHA-256.
 """
 
-import hashlib
 import json
 import os
 import shutil
@@ -19,25 +18,9 @@ import threading
 import time
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
-DISTQ = str(ROOT / "target/release/distq")
+from faults import DISTQ, ENVIRONMENT, LAYERS, ROOT, digests, layers_finished, ranks_of
+
 SAMPLES = os.environ.get("SAMPLES", "64")
-LAYERS = 30
-ENVIRONMENT = {
-    **os.environ, "OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1", "OMP_NUM_THREADS": "1",
-}
-
-
-def ranks_of(launcher):
-    found = []
-    children = subprocess.run(["pgrep", "-P", str(launcher)], capture_output=True, text=True).stdout.split()
-    for child in map(int, children):
-        try:
-            name = Path(f"/proc/{child}/comm").read_text().strip()
-        except OSError:
-            continue
-        found += [child] if name == "distq" else ranks_of(child)
-    return found
 
 
 class Bench:
@@ -55,11 +38,6 @@ class Bench:
     def start(self, *more):
         return subprocess.Popen(
             self.command(*more), env=ENVIRONMENT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-
-    def finished(self):
-        """Decoder layers that the journal calls finished."""
-        journal = Path(f"{self.out}.partial/distq-journal.jsonl")
-        return journal.read_text().count('{"part":{"layer"') if journal.exists() else 0
 
     def run(self, *more):
         """Runs to the end: seconds of the walk, passes, most bytes kept at once."""
@@ -82,19 +60,19 @@ class Bench:
         return report["seconds"]["walk"], passes, most[0]
 
     def digests(self):
-        found = {f.name: hashlib.sha256(f.read_bytes()).hexdigest() for f in sorted(self.out.iterdir())}
+        found = digests(self.out)
         shutil.rmtree(self.out)
         return found
 
     def kill(self, layers):
         """A run that is killed when so many layers are finished; returns how many are."""
         process = self.start()
-        while self.finished() < layers and process.poll() is None:
+        while layers_finished(self.out) < layers and process.poll() is None:
             time.sleep(0.005)
         for rank in ranks_of(process.pid) or [process.pid]:
             os.kill(rank, signal.SIGKILL)
         process.wait()
-        return self.finished()
+        return layers_finished(self.out)
 
 
 def main():
