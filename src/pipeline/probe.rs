@@ -254,8 +254,10 @@ fn noise<B: Backend>(backend: &B, elements: usize, mean: f32, scale: f32) -> Vec
         Compute::Bf16 => sequence.flat_map(|x| bf16::from_f32(x).to_le_bytes()).collect(),
         Compute::F32 => sequence.flat_map(f32::to_le_bytes).collect(),
     };
-    let bytes = elements * backend.compute().bytes();
-    sequence.iter().copied().cycle().take(bytes).collect()
+    // Part by part: byte by byte a GPU's layer would take longer to make up than to walk through.
+    let mut bytes = vec![0; elements * backend.compute().bytes()];
+    bytes.chunks_mut(sequence.len()).for_each(|part| part.copy_from_slice(&sequence[..part.len()]));
+    bytes
 }
 
 #[cfg(test)]

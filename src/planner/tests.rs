@@ -293,7 +293,7 @@ fn any_node() -> impl Strategy<Value = (u64, u64, f64, f64, f64)> {
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig::with_cases(128))]
+    #![proptest_config(ProptestConfig::with_cases(2000))]
 
     #[test]
     fn nothing_among_all_orders_and_splits_is_faster(
@@ -342,9 +342,18 @@ proptest! {
             (Some(expected), Ok(wall), Ok(planned)) => {
                 prop_assert!((wall / expected - 1.0).abs() < 1e-9, "{expected} s, {wall} s\n{planned}");
                 prop_assert!(planned.stages.iter().all(|stage| stage.peak_memory <= stage.memory));
-                // The formula against the schedule, played through.
-                let ratio = planned.seconds / wall;
-                prop_assert!((0.6..1.1).contains(&ratio), "{wall} s by formula\n{planned}");
+                // The formula against the schedule, played through. The formula overlaps what a slice does with its
+                // layers (reading, computing, choosing codes, writing), which one layer can't; and it adds up three
+                // spans that may overlap: passing the first group on, what else that takes, what follows.
+                let one_layer = |stage: &Stage| {
+                    let (slice, node) = (model.slice(stage.layers.clone()), &planner.nodes[stage.rank]);
+                    let p = slice.pace(node, node.link, stage.mode, &model, &work);
+                    let all = p.forward + p.statistics + p.solving + p.read + p.again + p.write + p.spill;
+                    all as f64 / SECOND / stage.layers.len() as f64
+                };
+                let alone: f64 = planned.stages.iter().map(one_layer).sum();
+                let most = 1.1 * wall + alone;
+                prop_assert!((wall / 3.0..most).contains(&planned.seconds), "{wall} s by formula\n{planned}");
             }
             (None, Err(_), Err(_)) => {}
             _ => prop_assert!(false, "{expected:?} {planned:?}"),
