@@ -39,13 +39,17 @@ fn main() -> ExitCode {
 
 /// Logs to standard error, naming rank and host where there are several.
 fn log(cli: &cli::Cli, cluster: &Cluster) {
-    tracing_subscriber::fmt()
-        .with_max_level(cli.level())
+    let level = cli.level();
+    let log = tracing_subscriber::fmt()
+        .with_max_level(level)
         .with_writer(std::io::stderr)
         .with_ansi(std::io::stderr().is_terminal())
-        .with_target(false)
-        .without_time()
-        .init();
+        .with_target(false);
+    // Who wants to know everything also wants to know what takes so long.
+    match level >= tracing::Level::DEBUG {
+        true => log.with_timer(tracing_subscriber::fmt::time::uptime()).init(),
+        false => log.without_time().init(),
+    }
     if cluster.size() > 1 {
         let span = tracing::info_span!("rank", rank = cluster.rank(), host = cluster.host());
         // Entered for as long as the process lives.

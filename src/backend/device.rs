@@ -58,11 +58,11 @@ impl Device {
         }
     }
 
-    /// Free memory of a card; none where the device shares the host's.
-    pub fn memory(&self) -> Option<u64> {
+    /// What is free for a GPU by its driver, and whether that is the host's memory too; none on a CPU.
+    pub fn memory(&self) -> Option<(u64, bool)> {
         match self {
             Device::Cpu(_) => None,
-            Device::Cuda(cuda) => Some(cuda.free_memory()),
+            Device::Cuda(cuda) => Some((cuda.free_memory(), cuda.is_integrated())),
         }
     }
 

@@ -93,9 +93,15 @@ pub trait Backend: Send + Sync {
     type Amax: Send;
     /// Running sums over the inputs of one site.
     type Sums: Send;
+    /// A moment between operations of the forward pass.
+    type Moment: Send;
 
     /// The dtype of activations.
     fn compute(&self) -> Compute;
+    /// When what was asked for so far is done and what comes next begins: on a GPU this is still to come.
+    fn moment(&self) -> Result<Self::Moment>;
+    /// Seconds between two moments. Waits for both.
+    fn seconds(&self, earlier: &Self::Moment, later: &Self::Moment) -> Result<f64>;
 
     /// Makes a stored BF16, F16 or F32 tensor usable as a weight, without a copy where that is possible.
     /// One-dimensional tensors become one row.
@@ -106,8 +112,17 @@ pub trait Backend: Send + Sync {
     fn set_rows(&self, x: &mut Self::Tensor, rows: usize);
     /// Copies an activation in: `bytes` holds `rows * cols` values of the compute dtype, little endian.
     fn upload(&self, bytes: &[u8], x: &mut Self::Tensor) -> Result<()>;
+    /// An activation of `cols` columns with these contents, copied in beside the forward pass. Any thread.
+    fn arrived(&self, bytes: &[u8], cols: usize) -> Result<Self::Tensor>;
+    /// `to = from`, of the same shape.
+    fn copy(&self, from: &Self::Tensor, to: &mut Self::Tensor) -> Result<()>;
     /// Copies an activation out, appending nothing: `bytes` is resized to `rows * cols` values.
-    fn download(&self, x: &Self::Tensor, bytes: &mut Vec<u8>) -> Result<()>;
+    fn download(&self, x: &Self::Tensor, bytes: &mut Vec<u8>) -> Result<()> {
+        self.download_as_of(&self.moment()?, x, bytes)
+    }
+    /// The same for one that is not changed after `moment`, beside what the forward pass was asked for since. Any
+    /// thread.
+    fn download_as_of(&self, moment: &Self::Moment, x: &Self::Tensor, bytes: &mut Vec<u8>) -> Result<()>;
     /// Copies a list of `u32` in.
     fn index(&self, values: &[u32]) -> Result<Self::Index>;
     /// A matrix of f32 constants, stored in the compute dtype (rotary cosines and sines).

@@ -11,6 +11,8 @@ pub enum MemoryKind {
     Host,
     /// A card's own memory.
     Device,
+    /// One memory of host and GPU.
+    Unified,
 }
 
 /// One rank's machine, as far as this rank may use it.
@@ -41,6 +43,16 @@ impl Machine {
             memory: chosen_memory.unwrap_or_else(|| usable_memory() / share as u64),
             kind: MemoryKind::Host,
         }
+    }
+
+    /// Takes a GPU that has `free` bytes by its driver. An integrated one computes in the host's memory: there the
+    /// smaller figure counts, since the driver knows of no limit of a cgroup, and the kernel calls memory available
+    /// that the driver would have to wait for.
+    pub fn computes_on(&mut self, free: u64, integrated: bool) {
+        (self.memory, self.kind) = match integrated {
+            true => (free.min(self.memory), MemoryKind::Unified),
+            false => (free, MemoryKind::Device),
+        };
     }
 }
 
@@ -192,6 +204,19 @@ fn quota(text: &str) -> Option<usize> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_gpu_s_memory_counts_and_where_both_share_one_the_smaller_figure() {
+        let of = |host, free, integrated| {
+            let mut machine =
+                Machine { host: "a".into(), threads: 1, crowding: 1.0, memory: host, kind: MemoryKind::Host };
+            machine.computes_on(free, integrated);
+            (machine.memory, machine.kind)
+        };
+        assert_eq!(of(10, 24, false), (24, MemoryKind::Device));
+        assert_eq!(of(128, 100, true), (100, MemoryKind::Unified));
+        assert_eq!(of(60, 100, true), (60, MemoryKind::Unified));
+    }
 
     #[test]
     fn kernel_files_are_read() {

@@ -13,6 +13,7 @@ mod machine;
 mod pulse;
 mod pump;
 mod signals;
+pub mod spare;
 mod transport;
 mod worker;
 
@@ -171,6 +172,15 @@ impl Cluster {
     fn idle(&self) -> Idle {
         let ranks = self.local_size as u32;
         Idle { pause: PAUSE, longest: Duration::from_millis(1) * ranks.div_ceil(LOOKING) }
+    }
+
+    /// Pauses before looking again; only for others to get to work while something is on its way, because MPI moves it
+    /// while it is being asked.
+    fn rest(&self, idle: &mut Idle) {
+        match &self.transport {
+            Some(transport) if transport.is_moving() => std::thread::yield_now(),
+            _ => idle.wait(),
+        }
     }
 }
 

@@ -113,7 +113,7 @@ impl Cluster {
             if let Some(transport) = &self.transport {
                 transport.progress();
             }
-            idle.wait();
+            self.rest(&mut idle);
         }
     }
 

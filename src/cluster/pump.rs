@@ -74,7 +74,7 @@ impl Cluster {
             if state.finished()? {
                 return Ok(());
             }
-            if moved { idle.reset() } else { idle.wait() }
+            if moved { idle.reset() } else { self.rest(&mut idle) }
         }
     }
 }

@@ -1,8 +1,11 @@
 //! Messages over MPI: the only file that calls it. Everything runs on the main thread.
 
-use std::cell::RefCell;
+use std::cell::{Cell, RefCell};
 use std::collections::VecDeque;
+use std::ops::Range;
+use std::rc::Rc;
 use std::thread::ThreadId;
+use std::time::{Duration, Instant};
 
 use mpi::environment::Universe;
 use mpi::ffi;
@@ -10,6 +13,7 @@ use mpi::raw::AsRaw;
 use mpi::topology::SimpleCommunicator;
 use mpi::traits::{Communicator, MatchedReceiveVec, Source};
 
+use super::spare;
 use crate::error::{Error, Result};
 
 /// What a message is about. Messages with the same tag arrive in the order in which their sender sent them.
@@ -38,7 +42,11 @@ pub struct Frame {
 }
 
 /// MPI counts elements in an `int`, and large messages hold up small ones: bodies travel in parts.
-const PART: usize = 64 << 20;
+const PART: usize = 8 << 20;
+
+/// How long something on its way may show no progress and still be looked after all the time: a part takes less on any
+/// link that is faster than looking once in a while would be.
+const MOVING: Duration = Duration::from_millis(10);
 
 /// An initialised MPI.
 pub struct Transport {
@@ -47,6 +55,8 @@ pub struct Transport {
     sending: RefCell<VecDeque<Sending>>,
     /// At most one a tag.
     arriving: RefCell<Vec<Arriving>>,
+    /// When the last part began or ended its way.
+    moved: Cell<Instant>,
     /// Finalises MPI when dropped.
     _universe: Universe,
 }
@@ -55,8 +65,9 @@ pub struct Transport {
 struct Sending {
     request: ffi::MPI_Request,
     bytes: usize,
-    /// Never touched until the request has completed; a Vec's buffer stays where it is when the Vec moves.
-    _buffer: Vec<u8>,
+    /// Shared by the parts of a message, and never touched until the last has been sent; a Vec's buffer stays where it
+    /// is when the Vec moves.
+    buffer: Rc<Vec<u8>>,
 }
 
 /// A message whose beginning is here, and whose body MPI is writing. Nothing waits for the rest: a link may go down
@@ -82,6 +93,7 @@ impl Transport {
             thread: std::thread::current().id(),
             sending: RefCell::default(),
             arriving: RefCell::default(),
+            moved: Cell::new(Instant::now()),
             _universe: universe,
         })
     }
@@ -104,27 +116,27 @@ impl Transport {
 
     /// Starts sending; returns at once.
     pub fn send(&self, peer: usize, tag: Tag, frame: Frame) {
-        let mut first = (frame.body.len() as u64).to_le_bytes().to_vec();
-        first.extend(frame.head);
-        self.start_send(peer, tag, first);
-        if frame.body.len() <= PART {
-            if !frame.body.is_empty() {
-                self.start_send(peer, tag, frame.body);
-            }
-        } else {
-            frame.body.chunks(PART).for_each(|part| self.start_send(peer, tag, part.to_vec()));
-        }
+        let Frame { head, body } = frame;
+        let length = body.len();
+        let first = [&(length as u64).to_le_bytes()[..], &head].concat();
+        let whole = 0..first.len();
+        self.start_send(peer, tag, &Rc::new(first), whole);
+        let body = Rc::new(body);
+        (0..length).step_by(PART).for_each(|at| self.start_send(peer, tag, &body, at..length.min(at + PART)));
     }
 
-    fn start_send(&self, peer: usize, tag: Tag, buffer: Vec<u8>) {
+    /// Starts sending a range of `buffer`.
+    fn start_send(&self, peer: usize, tag: Tag, buffer: &Rc<Vec<u8>>, range: Range<usize>) {
         self.on_main_thread();
+        self.moved.set(Instant::now());
+        let part = &buffer[range];
         // SAFETY: the buffer is owned by the list below and neither changed nor freed before MPI_Test has
         // reported the request complete (or the process ends). Lengths are at most PART, so they fit a C int.
         let request = unsafe {
             let mut request = ffi::RSMPI_REQUEST_NULL;
             ffi::MPI_Isend(
-                buffer.as_ptr().cast(),
-                buffer.len() as i32,
+                part.as_ptr().cast(),
+                part.len() as i32,
                 ffi::RSMPI_UINT8_T,
                 peer as i32,
                 tag as i32,
@@ -133,21 +145,38 @@ impl Transport {
             );
             request
         };
-        self.sending.borrow_mut().push_back(Sending { request, bytes: buffer.len(), _buffer: buffer });
+        let bytes = part.len();
+        self.sending.borrow_mut().push_back(Sending { request, bytes, buffer: buffer.clone() });
     }
 
     /// Lets MPI make progress and frees buffers that have been sent; returns the bytes still on their way.
     pub fn progress(&self) -> usize {
         self.on_main_thread();
         let mut sending = self.sending.borrow_mut();
+        let before = sending.len();
         sending.retain_mut(|send| {
             let mut done = 0;
             // SAFETY: the request belongs to an MPI_Isend that was not yet reported complete.
             unsafe { ffi::MPI_Test(&mut send.request, &mut done, ffi::RSMPI_STATUS_IGNORE) };
+            if done != 0 {
+                // With its last part the whole message has been sent.
+                if let Ok(buffer) = Rc::try_unwrap(std::mem::take(&mut send.buffer)) {
+                    spare::give(buffer);
+                }
+            }
             done == 0
         });
+        if sending.len() < before {
+            self.moved.set(Instant::now());
+        }
         // An empty message on its way counts as well.
         sending.iter().map(|send| send.bytes.max(1)).sum()
+    }
+
+    /// Whether something is on its way and gets on.
+    pub fn is_moving(&self) -> bool {
+        let any = !self.sending.borrow().is_empty() || !self.arriving.borrow().is_empty();
+        any && self.moved.get().elapsed() < MOVING
     }
 
     /// The next message with this tag, if one has arrived, and its sender.
@@ -168,15 +197,20 @@ impl Transport {
             Some(begun) => begun,
             None => {
                 arriving.push(self.begin(tag, from)?);
+                self.moved.set(Instant::now());
                 arriving.len() - 1
             }
         };
+        let before = arriving[begun].requests.len();
         arriving[begun].requests.retain_mut(|request| {
             let mut done = 0;
             // SAFETY: the request belongs to an MPI_Irecv that was not yet reported complete.
             unsafe { ffi::MPI_Test(request, &mut done, ffi::RSMPI_STATUS_IGNORE) };
             done == 0
         });
+        if arriving[begun].requests.len() < before {
+            self.moved.set(Instant::now());
+        }
         if !arriving[begun].requests.is_empty() {
             return None;
         }
@@ -196,7 +230,8 @@ impl Transport {
         let (first, status) = arrived?.matched_receive_vec::<u8>();
         let peer = status.source_rank();
         let (length, head) = first.split_first_chunk().expect("a message starts with its length");
-        let mut frame = Frame { head: head.to_vec(), body: vec![0; u64::from_le_bytes(*length) as usize] };
+        let mut frame =
+            Frame { head: head.to_vec(), body: spare::take(u64::from_le_bytes(*length) as usize) };
         let receive = |part: &mut [u8]| {
             // SAFETY: the part lies in the frame's body, whose heap buffer the caller keeps, neither read nor moved,
             // until MPI_Test has reported the request complete (or the process ends). Lengths are at most PART, so they

@@ -71,7 +71,7 @@ pub fn finish<B: Solver>(
     files: Option<&OutputFiles>,
     outbox: Outbox,
     timeline: &Timeline,
-    parts: &Receiver<Finished<B>>,
+    parts: impl IntoIterator<Item = Finished<B>>,
 ) -> Result<Phases> {
     let (places, tensors) = bounded(WAITING);
     let (spare_to, spare) = bounded(2 * WAITING);
@@ -89,12 +89,12 @@ pub fn finish<B: Solver>(
 }
 
 impl<B: Solver> Finisher<'_, B> {
-    fn run(&mut self, parts: &Receiver<Finished<B>>) -> Result<()> {
+    fn run(&mut self, parts: impl IntoIterator<Item = Finished<B>>) -> Result<()> {
         for part in parts {
             match part {
                 Finished::Copied(part) => self.copied(part)?,
                 Finished::Layer { layer, weights, inputs } => {
-                    let started = Instant::now();
+                    let started = self.timeline.now();
                     match inputs {
                         Inputs::None => self.max(layer, &weights, None)?,
                         Inputs::Maxima(maxima) => self.max(layer, &weights, Some(&maxima))?,
@@ -102,7 +102,7 @@ impl<B: Solver> Finisher<'_, B> {
                             self.chosen(layer, &weights, *statistics)?
                         }
                     }
-                    self.timeline.note(Work::Quantize, layer, 0, started);
+                    self.timeline.note(Work::Quantize, layer, 0, started, self.timeline.now());
                 }
             }
         }

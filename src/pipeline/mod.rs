@@ -1,6 +1,7 @@
 //! The schedule: which layer on which micro-batch when, from a source directory to a published output.
 //! Knows ranks, parts and the journal; not how numbers are chosen.
 
+mod crossing;
 mod finish;
 #[cfg(test)]
 mod fold_tests;

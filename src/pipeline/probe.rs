@@ -48,6 +48,13 @@ const WEIGHTS: usize = 1 << 14;
 /// Choosing codes takes this many times longer, so that layer is as many times smaller.
 const SMALLER: usize = 8;
 
+/// Seconds of choosing codes that say enough.
+const ENOUGH: f64 = 0.1;
+
+/// How much larger the next layer is where they do not, and the weights beyond which none is made up.
+const LARGER: usize = 8;
+const LARGEST: usize = 1 << 26;
+
 /// Milliseconds of repetitions.
 const LONG_ENOUGH: u128 = 60;
 
@@ -68,11 +75,22 @@ impl OnBackend for Probe<'_> {
             let seconds = fastest(|| layer.pass(&mut |site, x| add(backend, x, &mut sums[site as usize])))?;
             rates.statistics = (forward + tokens * counted.statistics) / seconds;
         }
-        let small = shrunk(self.model, WEIGHTS * self.tokens / SMALLER);
-        let mut layer = Sample::new(backend, &small, &lengths)?;
-        let seconds = if self.method.needs_statistics() { layer.solve(&self)? } else { layer.round()? };
-        rates.solving = operations(&small, self.method).solving / seconds;
-        Ok(rates)
+        if self.method.needs_statistics() {
+            // A GPU's kernels are compiled when they are first needed.
+            Sample::new(backend, &shrunk(self.model, 1), &lengths)?.solve(&self)?;
+        }
+        let mut most = WEIGHTS * self.tokens / SMALLER;
+        loop {
+            let small = shrunk(self.model, most);
+            let mut layer = Sample::new(backend, &small, &lengths)?;
+            let seconds = if self.method.needs_statistics() { layer.solve(&self)? } else { layer.round()? };
+            rates.solving = operations(&small, self.method).solving / seconds;
+            // A GPU only shows what it can do with a layer that keeps it busy.
+            if !self.method.needs_statistics() || seconds > ENOUGH || most > LARGEST || small == *self.model {
+                return Ok(rates);
+            }
+            most *= LARGER;
+        }
     }
 }
 

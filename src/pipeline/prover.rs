@@ -2,6 +2,7 @@
 //! little else to do then.
 
 use std::collections::HashSet;
+use std::fmt::Display;
 use std::thread::JoinHandle;
 
 use crossbeam_channel::{Sender, unbounded};
@@ -25,12 +26,14 @@ impl Prover {
     /// Exit code 5 where the system refuses a thread.
     pub fn start(mut proof: Proof) -> Result<Prover> {
         let (layers, finished) = unbounded();
+        let refused = |e: &dyn Display| Error::run(format!("can't start a thread: {e}"));
+        // Threads of its own: in the common pool a copy to the card would wait until a whole linear is read.
+        let pool = rayon::ThreadPoolBuilder::new().build().map_err(|e| refused(&e))?;
         let read = move || {
-            finished.iter().for_each(|layer| proof.layer(layer));
+            finished.iter().for_each(|layer| pool.install(|| proof.layer(layer)));
             proof
         };
-        let refused = |e| Error::run(format!("can't start a thread: {e}"));
-        let proof = std::thread::Builder::new().name("prover".into()).spawn(read).map_err(refused)?;
+        let proof = std::thread::Builder::new().name("prover".into()).spawn(read).map_err(|e| refused(&e))?;
         Ok(Prover { layers, proof, written_here: HashSet::from([0]) })
     }
 

@@ -1,17 +1,19 @@
 //! One rank's walk over its slice: hidden states in, layer by layer over a group of micro-batches,
-//! hidden states out; in a resumed run no more of it than its [`Routes`] say. Three threads: one loads the next layer, one computes, one quantizes and places the
-//! layer before. A streamed stage hands over one layer at a time, so at most three layers' weights exist; a
+//! hidden states out; in a resumed run no more of it than its [`Routes`] say. One thread loads the next layer, one
+//! computes, one quantizes the layer before and another places it; two more move hidden states. A streamed stage hands over one layer at a time, so at most three layers' weights exist; a
 //! resident one loads its whole slice ahead and keeps it until the last group has passed.
 
 use std::ops::Range;
+use std::panic::resume_unwind;
 use std::time::Instant;
 
 use crossbeam_channel::{Receiver, Sender, bounded};
 
+use super::crossing::{Crossing, WAITING, arrivals, departures};
 use super::finish::{Finished, Inputs, finish};
 use super::job::Job;
 use super::journal::PartId;
-use super::messages::{Hidden, Outbox};
+use super::messages::Outbox;
 use super::routes::Routes;
 use super::states::States;
 use super::walk::Walk;
@@ -53,17 +55,31 @@ impl<B: Solver> Stage<'_, B> {
     pub fn run(self, files: Option<&OutputFiles>) -> Result<Phases> {
         let started = Instant::now();
         std::thread::scope(|scope| {
+            let (backend, job, outbox, timeline) = (self.backend, self.job, &self.outbox, self.timeline);
             // Statistics are larger than weights: of them, no more than one layer may wait.
-            let waiting = if self.job.method.needs_statistics() { 0 } else { self.ahead() };
+            let waiting = if job.method.needs_statistics() { 0 } else { self.ahead() };
             let (to_finisher, finished) = bounded(waiting);
-            let (backend, job, outbox, timeline) =
-                (self.backend, self.job, self.outbox.clone(), self.timeline);
-            let finishing = scope.spawn(move || finish(backend, job, files, outbox, timeline, &finished));
-            let walked = self.send_all(&to_finisher);
-            drop(to_finisher);
-            let finished = finishing.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic));
-            // Where the finisher failed, the walk only noticed that nobody listens any more.
+            let finishing =
+                scope.spawn(move || finish(backend, job, files, outbox.clone(), timeline, &finished));
+            // What is only copied may be as large as a layer, which must not wait for it.
+            let copied = self.copied().into_iter().map(Finished::Copied);
+            let copying = scope.spawn(move || finish(backend, job, files, outbox.clone(), timeline, copied));
+            let (to_walk, arrived) = bounded(WAITING);
+            let (walking, ended) = bounded(0);
+            let (incoming, hidden) = (self.incoming.clone(), job.model.hidden);
+            scope.spawn(move || arrivals(backend, hidden, &incoming, &to_walk, &ended));
+            let (departing, leaving) = bounded(WAITING);
+            let departures = scope.spawn(move || departures(backend, outbox, &leaving));
+
+            let walked = self.send_all(&to_finisher, Crossing { arrived, departing });
+            drop((to_finisher, walking));
+            let finished = finishing.join().unwrap_or_else(|panic| resume_unwind(panic));
+            let copied = copying.join().unwrap_or_else(|panic| resume_unwind(panic));
+            let departed = departures.join().unwrap_or_else(|panic| resume_unwind(panic));
+            // Where one of these failed, the walk only noticed that nobody listens any more.
             let mut phases = finished?;
+            phases.write += copied?.write;
+            departed?;
             let walked = walked?;
             (phases.forward, phases.wait, phases.passes) = (walked.forward, walked.wait, walked.passes);
             phases.total = started.elapsed().as_secs_f64();
@@ -80,18 +96,18 @@ impl<B: Solver> Stage<'_, B> {
         }
     }
 
-    /// Hands every part of this rank to the finisher.
-    fn send_all(&self, finisher: &Sender<Finished<B>>) -> Result<Phases> {
-        if self.slice.start == 0 {
-            send(finisher, Finished::Copied(PartId::Head))?;
-        }
-        // What is only copied comes first: it is on the disk before there is anything else to write.
-        if self.slice.end == self.job.model.layers {
-            send(finisher, Finished::Copied(PartId::Tail))?;
-        }
+    /// The parts of this rank that have nothing to quantize.
+    fn copied(&self) -> Vec<PartId> {
+        let head = (self.slice.start == 0).then_some(PartId::Head);
+        let tail = (self.slice.end == self.job.model.layers).then_some(PartId::Tail);
+        head.into_iter().chain(tail).collect()
+    }
+
+    /// Hands every layer of this rank to the finisher.
+    fn send_all(&self, finisher: &Sender<Finished<B>>, crossing: Crossing<B>) -> Result<Phases> {
         let mut walked = Phases::default();
         if self.job.calibrates {
-            walked = self.walk(finisher)?;
+            walked = self.walk(finisher, crossing)?;
         } else {
             for layer in self.slice.clone().filter(|&layer| !self.job.is_finished(PartId::Layer(layer))) {
                 let weights = self.load(layer)?;
@@ -106,50 +122,29 @@ impl<B: Solver> Stage<'_, B> {
         LayerWeights::load(self.backend, &self.job.model, layer, &source)
     }
 
-    /// Brings a micro-batch into the slice: embedded on the first stage, received on the others. Adds the seconds of
-    /// waiting to `waited`, and leaves the embedding in `table`.
-    pub(super) fn enter(
+    /// Embeds a micro-batch, on the first stage, and leaves the embedding in `table`.
+    pub(super) fn embed(
         &self,
         micro_batch: usize,
         state: &mut B::Tensor,
         table: &mut Option<B::Tensor>,
-        waited: &mut f64,
     ) -> Result<()> {
         let job = self.job;
-        if self.slice.start == 0 {
-            let here = match table.take() {
-                Some(here) => here,
-                None => self.backend.load(&job.checkpoint.tensor(&job.model.embedding().name)?)?,
-            };
-            let ids = self.backend.index(job.ids_of(micro_batch))?;
-            self.backend.embed(&here, &ids, state)?;
-            *table = Some(here);
-            return Ok(());
-        }
-        let started = Instant::now();
-        let frame = self
-            .incoming
-            .recv()
-            .map_err(|_| Error::run("the stage before ended without sending its hidden states"))?;
-        let hidden = Hidden::from_frame(frame);
-        *waited += started.elapsed().as_secs_f64();
-        debug_assert_eq!(hidden.micro_batch, micro_batch, "messages of one sender arrive in order");
-        self.backend.upload(&hidden.bytes, state)
-    }
-
-    /// Sends a hidden state to the next stage.
-    pub(super) fn pass_on(&self, micro_batch: usize, x: &B::Tensor) -> Result<()> {
-        let mut bytes = Vec::new();
-        self.backend.download(x, &mut bytes)?;
-        self.outbox.hidden(micro_batch, bytes)
+        let here = match table.take() {
+            Some(here) => here,
+            None => self.backend.load(&job.checkpoint.tensor(&job.model.embedding().name)?)?,
+        };
+        let ids = self.backend.index(job.ids_of(micro_batch))?;
+        self.backend.embed(&here, &ids, state)?;
+        *table = Some(here);
+        Ok(())
     }
 
     /// Walks micro-batches through the slice. Methods that need all of a layer's statistics can't finish a layer while
     /// later groups are still to come, so where a stage behind waits they walk twice: first hidden states alone, so
     /// that it gets to work, then every stage at its own layers.
-    fn walk(&self, finisher: &Sender<Finished<B>>) -> Result<Phases> {
-        let started = Instant::now();
-        let mut walk = Walk::new(self)?;
+    fn walk(&self, finisher: &Sender<Finished<B>>, crossing: Crossing<B>) -> Result<Phases> {
+        let mut walk = Walk::new(self, crossing)?;
         if !self.job.method.needs_statistics() {
             walk.maxima(finisher)?;
         } else {
@@ -158,8 +153,8 @@ impl<B: Solver> Stage<'_, B> {
             }
             walk.statistics(finisher)?;
         }
-        let (wait, passes) = (walk.waited, walk.passes);
-        Ok(Phases { forward: started.elapsed().as_secs_f64() - wait, wait, passes, ..Phases::default() })
+        let Walk { computed, waited, passes, .. } = walk;
+        Ok(Phases { forward: computed, wait: waited, passes, ..Phases::default() })
     }
 }
 

@@ -8,11 +8,12 @@ use super::probe::Probe;
 use crate::backend::{Device, DeviceChoice};
 use crate::calibration::{MicroBatch, micro_batches};
 use crate::checkpoint::{Checkpoint, Layout, Scheme};
-use crate::cluster::{Cluster, Machine, MemoryKind};
+use crate::cluster::{Cluster, Machine};
 use crate::error::{Error, Result};
 use crate::methods::Method;
 use crate::model::ModelConfig;
 use crate::planner::{ASSUMED_LINK, AssumedMachine, Node, Plan, Work, plan};
+use crate::units::binary;
 
 /// What decides who owns which layers.
 #[derive(Clone, Debug)]
@@ -98,7 +99,9 @@ pub fn survey(
         }
         _ => Ok(()),
     })?;
+    tracing::debug!("the model is open");
     let lengths = lengths(&model)?;
+    tracing::debug!("the calibration data is there");
     let memory = cluster.agree(by_rank(
         "--memory-per-rank",
         &options.memory_per_rank,
@@ -109,15 +112,18 @@ pub fn survey(
     let (local_rank, threads) = (cluster.local_rank(), machine.threads);
     let opened = cluster.attend(|| Device::open(options.device, inventory.compute, local_rank, threads));
     let device = cluster.agree(opened)?;
-    if let (Some(on_card), None) = (device.memory(), memory) {
-        (machine.memory, machine.kind) = (on_card, MemoryKind::Device);
+    tracing::debug!("{} is open", device.name());
+    // A card's host keeps files in memory that the card does not use.
+    let cache = match device.memory() {
+        Some((_, false)) => Machine::here(cluster.host(), cluster.local_size(), None).memory,
+        _ => 0,
+    };
+    if let (Some((free, integrated)), None) = (device.memory(), memory) {
+        machine.computes_on(free, integrated);
     }
-    // A card's host keeps files in memory that the card does not use; where both are one, nothing is left.
-    let cache = device.memory().map_or(0, |on_card| {
-        Machine::here(cluster.host(), cluster.local_size(), None).memory.saturating_sub(on_card)
-    });
     // Ranks that share a disk measure it together, as they will use it.
     let read_rate = cluster.agree(cluster.attend(|| checkpoint.read_rate()))?;
+    tracing::debug!("files are read at {}/s", binary(read_rate as u64));
     let probe = Probe {
         model: &model,
         method: options.method,
@@ -126,6 +132,7 @@ pub fn survey(
         tokens: device.micro_batch_tokens() / 2,
     };
     let rates = cluster.agree(cluster.attend(|| device.run(probe)))?;
+    tracing::debug!("{:.3e} FLOP/s, {:.3e} with statistics", rates.forward, rates.statistics);
     let shared = if device.memory().is_some() { 1.0 } else { machine.crowding };
     let node = Node {
         rank: cluster.rank(),

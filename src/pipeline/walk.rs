@@ -5,6 +5,7 @@ use std::time::Instant;
 
 use crossbeam_channel::{Receiver, Sender, bounded};
 
+use super::crossing::Crossing;
 use super::finish::Finished;
 use super::keeping::{Keeper, Keeping};
 use super::messages::Event;
@@ -21,6 +22,7 @@ use crate::report::Work;
 /// What all sweeps over a slice share.
 pub struct Walk<'a, B: Solver> {
     stage: &'a Stage<'a, B>,
+    crossing: Crossing<B>,
     decoder: Decoder<'a, B>,
     batches: Vec<Batch<B>>,
     /// Tokens of the largest micro-batch.
@@ -28,6 +30,12 @@ pub struct Walk<'a, B: Solver> {
     keeper: Keeper<'a>,
     /// What the second sweep begins with, by micro-batch, where there is no directory for it.
     captured: Vec<Option<Vec<u8>>>,
+    /// The device's clock: a moment, and when it was on the timeline.
+    clock: (B::Moment, f64),
+    /// Passes that have not been noted yet.
+    passing: Vec<Pass<B::Moment>>,
+    /// Seconds of computing, by the device's clock.
+    pub computed: f64,
     /// Seconds of waiting for hidden states.
     pub waited: f64,
     /// Micro-batches through layers.
@@ -36,6 +44,14 @@ pub struct Walk<'a, B: Solver> {
 
 /// A layer's weights as the loading thread hands them over.
 type Loaded<B> = Receiver<Result<LayerWeights<<B as Backend>::Tensor>>>;
+
+/// A micro-batch through a layer.
+struct Pass<M> {
+    layer: usize,
+    micro_batch: usize,
+    start: M,
+    end: M,
+}
 
 /// Which micro-batches pass what, and how many of them together.
 #[derive(Clone, Copy)]
@@ -47,7 +63,7 @@ struct Course<'a> {
 }
 
 impl<'a, B: Solver> Walk<'a, B> {
-    pub fn new(stage: &'a Stage<'a, B>) -> Result<Walk<'a, B>> {
+    pub fn new(stage: &'a Stage<'a, B>, crossing: Crossing<B>) -> Result<Walk<'a, B>> {
         let job = stage.job;
         let table = job.model.rope.table(&job.lengths);
         let decoder = Decoder::new(stage.backend, &job.model, &table)?;
@@ -59,7 +75,22 @@ impl<'a, B: Solver> Walk<'a, B> {
         let most = batches.iter().map(|batch| batch.tokens).max().unwrap_or(0);
         let captured = batches.iter().map(|_| None).collect();
         let keeper = Keeper::new(stage.states, job);
-        Ok(Walk { stage, decoder, batches, most, keeper, captured, waited: 0.0, passes: 0 })
+        let moment = stage.backend.moment()?;
+        stage.backend.seconds(&moment, &moment)?; // it has passed
+        Ok(Walk {
+            stage,
+            crossing,
+            decoder,
+            batches,
+            most,
+            keeper,
+            captured,
+            clock: (moment, stage.timeline.now()),
+            passing: vec![],
+            computed: 0.0,
+            waited: 0.0,
+            passes: 0,
+        })
     }
 
     /// One sweep for methods that need maxima alone.
@@ -101,7 +132,10 @@ impl<'a, B: Solver> Walk<'a, B> {
             let (to_walk, loaded) = bounded(stage.ahead());
             scope.spawn(move || {
                 for layer in to_load {
-                    if to_walk.send(stage.load(layer)).is_err() {
+                    let start = stage.timeline.now();
+                    let weights = stage.load(layer);
+                    stage.timeline.note(Work::Load, layer, 0, start, stage.timeline.now());
+                    if to_walk.send(weights).is_err() {
                         break; // the walk has failed and says why
                     }
                 }
@@ -140,6 +174,7 @@ impl<'a, B: Solver> Walk<'a, B> {
                     visit.enters(course.routes).map_or(0, |route| if route.kept { route.enter } else { 0 });
             }
             let (mut before, mut behind) = self.open(course, visit, since);
+            let mut passing = vec![];
             let kept = behind.any();
             for &i in &visit.micro_batches {
                 let state = &mut states[i % in_memory];
@@ -147,18 +182,23 @@ impl<'a, B: Solver> Walk<'a, B> {
                 self.keep(course, &mut before, i, state)?;
                 let route = visit.route(course.routes, i);
                 if let (true, Some(weights)) = (route.passes(visit.layer), &weights) {
-                    let started = Instant::now();
+                    let start = stage.backend.moment()?;
                     let mut observe = |site: Site, x: &mut B::Tensor| sweep.observe(visit.layer, i, site, x);
                     self.decoder.layer(weights, &self.batches[i], &mut work, state, &mut observe)?;
-                    stage.timeline.note(Work::Compute, visit.layer, i, started);
+                    let end = stage.backend.moment()?;
+                    passing.push(Pass { layer: visit.layer, micro_batch: i, start, end });
                     stage.outbox.event(Event::Walked { layer: visit.layer })?;
                     self.passes += 1;
                     if route.passes_on && visit.layer + 1 == route.until {
-                        stage.pass_on(i, state)?;
+                        let shape = [self.batches[i].tokens, stage.job.model.hidden];
+                        self.crossing.pass_on(stage.backend, i, state, shape)?;
                     }
                     self.keep(course, &mut behind, i, state)?;
                 }
             }
+            // Those of the visit before: while the device passes them, it has been given this one's already.
+            let passed = std::mem::replace(&mut self.passing, passing);
+            self.note(passed)?;
             if stage.mode != Mode::Resident {
                 table = None;
             }
@@ -175,6 +215,19 @@ impl<'a, B: Solver> Walk<'a, B> {
             if visit.ends_group {
                 sweep.seen(stage.slice.end, documents(visit.group.end - 1))?;
             }
+        }
+        let passed = std::mem::take(&mut self.passing);
+        self.note(passed)
+    }
+
+    /// Notes passes on the timeline.
+    fn note(&mut self, passes: Vec<Pass<B::Moment>>) -> Result<()> {
+        let (moment, zero) = &self.clock;
+        for Pass { layer, micro_batch, start, end } in passes {
+            let at = |moment_of: &B::Moment| Ok(zero + self.stage.backend.seconds(moment, moment_of)?);
+            let (start, end) = (at(&start)?, at(&end)?);
+            self.stage.timeline.note(Work::Compute, layer, micro_batch, start, end);
+            self.computed += end - start;
         }
         Ok(())
     }
@@ -213,7 +266,13 @@ impl<'a, B: Solver> Walk<'a, B> {
         }
         stage.backend.set_rows(state, self.batches[i].tokens);
         if route.enter == layer && !route.kept {
-            return stage.enter(i, state, table, &mut self.waited);
+            if stage.slice.start == 0 {
+                return stage.embed(i, state, table);
+            }
+            let started = Instant::now();
+            self.crossing.enter(stage.backend, i, state)?;
+            self.waited += started.elapsed().as_secs_f64();
+            return Ok(());
         }
         let mut bytes = Vec::new();
         match (self.captured[i].take(), self.keeper.states()) {

@@ -141,6 +141,9 @@ const FIXED_MEMORY: u64 = 64 << 20;
 /// Micro-batches whose hidden states are being computed, wait for the disk, or are being written.
 const IN_FLIGHT: u64 = 4;
 
+/// Micro-batches whose hidden states are copied from another stage, or to it, or wait for their turn.
+const CROSSING: u64 = 2;
+
 /// Bytes/s at which weights come from the page cache to where arithmetic happens.
 const CACHE_RATE: f64 = 1e10;
 
@@ -189,14 +192,16 @@ impl ModelCost {
 }
 
 impl Slice {
-    /// Expected peak of memory. Streamed: three layers (being read, at work, being quantized) and a layer's
-    /// output; the embedding is in use while two layers are there, and the tail is copied by itself. Resident:
-    /// all of the slice and a layer's output. Besides: a group's hidden states and one micro-batch's
-    /// intermediate results. Spilled: a few micro-batches' hidden states, on their way to files and back.
+    /// Expected peak of memory. Streamed: three layers (being read, at work, being quantized; with statistics the last
+    /// two are one) and a layer's output; the embedding is in use while two layers are there, and the tail is copied
+    /// by itself. Resident: all of the slice and a layer's output. Besides: a group's hidden states, one micro-batch's
+    /// intermediate results, and what comes from and goes to other stages. Spilled: a few micro-batches' hidden
+    /// states, on their way to files and back.
     pub fn peak_memory(&self, mode: Mode, group: usize, model: &ModelCost, work: &Work) -> u64 {
+        let layers = if model.statistics.is_some() { 2 } else { 3 };
         let weights = match mode {
             Mode::Resident => self.loaded + self.head_loaded + self.tail + self.largest_output,
-            Mode::Streamed | Mode::Spilled => (3 * self.largest_loaded + self.largest_output)
+            Mode::Streamed | Mode::Spilled => (layers * self.largest_loaded + self.largest_output)
                 .max(2 * self.largest_loaded + self.head_loaded)
                 .max(self.tail),
         };
@@ -204,18 +209,23 @@ impl Slice {
             _ if !work.calibrates => 0,
             None => (group as u64 * model.hidden_row + model.workspace_row) * work.micro_batch_tokens,
             Some(statistics) => {
-                // All of them in the sweep over a layer, and those that wait for this sweep.
+                // All of them in the sweep over a layer, and behind the first stage those that wait for this sweep.
                 let all = match (mode, work.spills) {
                     (Mode::Spilled, _) => 0,
-                    (_, true) => work.tokens * model.hidden_row,
-                    (_, false) => work.tokens * model.hidden_row * 2,
+                    (_, false) if self.layers.start > 0 => work.tokens * model.hidden_row * 2,
+                    _ => work.tokens * model.hidden_row,
                 };
                 all + model.workspace_row * work.micro_batch_tokens + statistics
             }
         };
         let on_their_way =
             if work.spills { IN_FLIGHT * model.hidden_row * work.micro_batch_tokens } else { 0 };
-        FIXED_MEMORY + weights + states + on_their_way
+        let neighbours = u64::from(self.layers.start > 0) + u64::from(!self.is_last(model));
+        let crossing = match work.calibrates {
+            true => CROSSING * neighbours * model.hidden_row * work.micro_batch_tokens,
+            false => 0,
+        };
+        FIXED_MEMORY + weights + states + on_their_way + crossing
     }
 
     /// The mode that `node` can run this slice in. One group loads every weight once in either mode, and
@@ -333,8 +343,10 @@ mod tests {
         assert_eq!(model.slice(2..4).source, (2 << 20) + (1 << 10));
         assert_eq!(model.slice(0..4).source, (4 << 20) + (1 << 21) + (1 << 10));
         let resident = |range| model.slice(range).peak_memory(Mode::Resident, 1, &model, &work());
-        assert_eq!(resident(0..1) - resident(1..2), 1 << 21);
-        assert_eq!(resident(3..4) - resident(1..2), 1 << 10);
+        // At either end of the model there is one neighbour less.
+        let crossing = CROSSING * model.hidden_row * work().micro_batch_tokens;
+        assert_eq!(resident(0..1) + crossing - resident(1..2), 1 << 21);
+        assert_eq!(resident(3..4) + crossing - resident(1..2), 1 << 10);
     }
 
     #[test]

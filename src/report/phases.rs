@@ -4,7 +4,7 @@
 /// more than the total.
 #[derive(Clone, Copy, Debug, Default, PartialEq, serde::Serialize, serde::Deserialize)]
 pub struct Phases {
-    /// The forward pass, waiting for weights included.
+    /// The forward pass, by the clock of the device.
     pub forward: f64,
     /// Waiting for hidden states of the stage before.
     pub wait: f64,

@@ -10,7 +10,9 @@ use super::RankReport;
 #[derive(Clone, Copy, Debug, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Work {
-    /// Micro-batches through a layer. On a GPU: from when the first was handed over to when the last one was.
+    /// Loading a layer's weights.
+    Load,
+    /// Micro-batches through a layer, by the clock of the device.
     Compute,
     /// Choosing codes for a layer.
     Quantize,
@@ -38,7 +40,7 @@ pub struct Timeline {
 }
 
 /// Seconds between micro-batches of one layer that are still one bar: shorter than anything that is worth seeing.
-const GAP: f64 = 0.002;
+const GAP: f64 = 0.0005;
 
 impl Timeline {
     /// Begins. Ranks that leave a barrier together have the same zero without looking at clocks.
@@ -46,9 +48,13 @@ impl Timeline {
         Timeline { zero: Instant::now(), bars: Mutex::default() }
     }
 
-    /// Notes work that began at `started` and ends now.
-    pub fn note(&self, work: Work, layer: usize, micro_batch: usize, started: Instant) {
-        let (start, end) = ((started - self.zero).as_secs_f64(), self.zero.elapsed().as_secs_f64());
+    /// Seconds since the beginning.
+    pub fn now(&self) -> f64 {
+        self.zero.elapsed().as_secs_f64()
+    }
+
+    /// Notes work between two times, in seconds since the beginning.
+    pub fn note(&self, work: Work, layer: usize, micro_batch: usize, start: f64, end: f64) {
         let mut bars = self.bars.lock().expect("no holder of this lock panics");
         let last = bars.iter_mut().rev().find(|bar| bar.work == work);
         match last {
@@ -83,11 +89,13 @@ pub fn timeline(ranks: &[RankReport]) -> String {
             write!(svg, "<text x=\"0\" y=\"{:.1}\" font-size=\"12\">rank {}</text>", top + 18.0, rank.rank);
         for bar in &rank.timeline {
             let (y, height) = match bar.work {
-                Work::Compute => (top + 4.0, 20.0),
-                Work::Quantize => (top + 26.0, 8.0),
+                Work::Load => (top + 2.0, 6.0),
+                Work::Compute => (top + 9.0, 18.0),
+                Work::Quantize => (top + 28.0, 8.0),
             };
             let [first, last] = bar.micro_batches;
             let what = match bar.work {
+                Work::Load => format!("layer {}, loading", bar.layer),
                 Work::Compute => format!("layer {}, micro-batches {first} to {last}", bar.layer),
                 Work::Quantize => format!("layer {}, quantizing", bar.layer),
             };
@@ -118,8 +126,8 @@ pub fn timeline(ranks: &[RankReport]) -> String {
     }
     let height = ranks.len() as f64 * lane + 18.0;
     format!(
-        "<h2>When each rank did what</h2><p>One color a layer; above micro-batches passing it, below choosing its \
-         codes. White is waiting.</p><svg width=\"{width}\" height=\"{height}\">{svg}\
+        "<h2>When each rank did what</h2><p>One color a layer: its weights being loaded, micro-batches \
+         passing it, its codes being chosen. White is waiting.</p><svg width=\"{width}\" height=\"{height}\">{svg}\
          <text x=\"{left}\" y=\"{label}\" font-size=\"10\">0 s</text>\
          <text x=\"{width}\" y=\"{label}\" font-size=\"10\" text-anchor=\"end\">{end:.2} s</text></svg>\
          <table><tr><th>rank</th><th>computing, s</th><th>of the time</th><th>waiting for hidden states</th>\
@@ -130,20 +138,17 @@ pub fn timeline(ranks: &[RankReport]) -> String {
 
 #[cfg(test)]
 mod tests {
-    use std::time::Duration;
-
     use super::*;
 
     #[test]
     fn micro_batches_that_follow_each_other_are_one_bar() {
         let timeline = Timeline::begin();
-        let now = Instant::now();
-        timeline.note(Work::Compute, 3, 0, now);
-        timeline.note(Work::Compute, 3, 1, now);
-        timeline.note(Work::Quantize, 2, 0, now);
-        timeline.note(Work::Compute, 3, 2, Instant::now());
-        timeline.note(Work::Compute, 4, 0, Instant::now());
-        timeline.note(Work::Compute, 4, 1, Instant::now() + Duration::from_millis(20));
+        timeline.note(Work::Compute, 3, 0, 0.0, 1.0);
+        timeline.note(Work::Compute, 3, 1, 1.0, 2.0);
+        timeline.note(Work::Quantize, 2, 0, 0.0, 3.0);
+        timeline.note(Work::Compute, 3, 2, 2.0001, 3.0);
+        timeline.note(Work::Compute, 4, 0, 3.0, 4.0);
+        timeline.note(Work::Compute, 4, 1, 4.1, 5.0);
         let bars = timeline.finish();
         let seen: Vec<_> = bars.iter().map(|bar| (bar.layer, bar.micro_batches)).collect();
         assert_eq!(seen, [(3, [0, 2]), (2, [0, 0]), (4, [0, 0]), (4, [1, 1])]);

@@ -8,6 +8,8 @@ mod solver;
 mod sums;
 mod tensor;
 
+use std::time::Instant;
+
 use half::bf16;
 use rayon::ThreadPool;
 use rayon::prelude::*;
@@ -186,9 +188,18 @@ impl Backend for Cpu {
     type Index = Vec<u32>;
     type Amax = Vec<f32>;
     type Sums = Sums;
+    type Moment = Instant;
 
     fn compute(&self) -> Compute {
         self.compute
+    }
+
+    fn moment(&self) -> Result<Instant> {
+        Ok(Instant::now())
+    }
+
+    fn seconds(&self, earlier: &Instant, later: &Instant) -> Result<f64> {
+        Ok((*later - *earlier).as_secs_f64())
     }
 
     fn load(&self, source: &SourceTensor) -> Result<Tensor> {
@@ -220,7 +231,22 @@ impl Backend for Cpu {
         Ok(())
     }
 
-    fn download(&self, x: &Tensor, bytes: &mut Vec<u8>) -> Result<()> {
+    fn arrived(&self, bytes: &[u8], cols: usize) -> Result<Tensor> {
+        let rows = bytes.len() / (cols * self.compute.bytes()).max(1);
+        let mut x = self.activation(rows, cols)?;
+        self.upload(bytes, &mut x)?;
+        Ok(x)
+    }
+
+    fn copy(&self, from: &Tensor, to: &mut Tensor) -> Result<()> {
+        match self.compute {
+            Compute::Bf16 => bf16::of_mut(to).copy_from_slice(bf16::of(from)),
+            Compute::F32 => f32::of_mut(to).copy_from_slice(f32::of(from)),
+        }
+        Ok(())
+    }
+
+    fn download_as_of(&self, _: &Instant, x: &Tensor, bytes: &mut Vec<u8>) -> Result<()> {
         bytes.clear();
         bytes.extend_from_slice(match x.view() {
             View::Bf16(x) => bytemuck::cast_slice(x),

@@ -5,7 +5,9 @@ use std::ffi::c_void;
 use std::sync::{Arc, Mutex, OnceLock};
 
 use cudarc::cublas::{CudaBlas, result as cublas, sys as cublas_sys};
-use cudarc::driver::{CudaContext, CudaFunction, CudaSlice, CudaStream, DevicePtr, DriverError, sys};
+use cudarc::driver::{
+    CudaContext, CudaFunction, CudaSlice, CudaStream, CudaView, DevicePtr, DeviceRepr, DriverError, sys,
+};
 
 use super::Tensor;
 use super::kernels::{self, Kernels};
@@ -27,11 +29,63 @@ pub struct Cuda {
     pub(super) kernels: Kernels,
     pub(super) processors: i32,
     pub(super) uploads: Staging,
-    downloads: Staging,
+    /// Activations on their way from the card, beside the arithmetic.
+    pub(super) departures: Arc<CudaStream>,
+    pub(super) downloads: Staging,
+    codes: Staging,
+    pub(super) rounding: Mutex<Rounding>,
     pub(super) blas: CudaBlas,
     attention: Mutex<HashMap<usize, CudaFunction>>,
     pub(super) solving: OnceLock<Solving>,
     name: String,
+}
+
+/// What rounding to max scales works in: it is there before the first layer, and large enough from the first on.
+pub struct Rounding {
+    /// A maximum, as the bits of a non-negative float.
+    pub slot: CudaSlice<u32>,
+    /// Codes, and block scales behind them.
+    pub bytes: CudaSlice<u8>,
+}
+
+impl Rounding {
+    fn new(stream: &Arc<CudaStream>) -> std::result::Result<Rounding, DriverError> {
+        Ok(Rounding { slot: stream.alloc_zeros(1)?, bytes: stream.alloc_zeros(1)? })
+    }
+}
+
+/// The device's pool of memory, out of which all streams allocate.
+fn pool(context: &CudaContext) -> std::result::Result<sys::CUmemoryPool, DriverError> {
+    context.bind_to_thread()?;
+    // SAFETY: the device is the context's.
+    unsafe { cudarc::driver::result::device::get_default_mem_pool(context.cu_device()) }
+}
+
+/// Otherwise every synchronization would give back what a layer has freed, and the next would ask for it anew.
+fn keep_freed_memory(context: &CudaContext) -> std::result::Result<(), DriverError> {
+    let mut bytes = u64::MAX;
+    // SAFETY: the pool is the device's own; the attribute is a u64.
+    unsafe {
+        cudarc::driver::result::mem_pool::set_attribute(
+            pool(context)?,
+            sys::CUmemPool_attribute::CU_MEMPOOL_ATTR_RELEASE_THRESHOLD,
+            (&raw mut bytes).cast(),
+        )
+    }
+}
+
+/// Bytes that the pool holds, in use or not.
+fn reserved(context: &CudaContext) -> std::result::Result<u64, DriverError> {
+    let mut bytes = 0u64;
+    // SAFETY: as above.
+    unsafe {
+        cudarc::driver::result::mem_pool::get_attribute(
+            pool(context)?,
+            sys::CUmemPool_attribute::CU_MEMPOOL_ATTR_RESERVED_MEM_CURRENT,
+            (&raw mut bytes).cast(),
+        )?;
+    }
+    Ok(bytes)
 }
 
 /// How many GPUs there are: 0 where the driver is missing as well.
@@ -66,11 +120,15 @@ impl Cuda {
         let open =
             |e: DriverError| Error::run(format!("can't open GPU {ordinal}: {e}")).fix("check nvidia-smi");
         let context = CudaContext::new(ordinal).map_err(open)?;
+        keep_freed_memory(&context).map_err(open)?;
         let (major, minor) = context.compute_capability().map_err(open)?;
         if major < 8 {
             return Err(Error::run(format!("GPU {ordinal} is sm_{major}{minor}; BF16 needs sm_80 or newer"))
                 .fix("use an Ampere or newer GPU, or --device cpu"));
         }
+        // The compiler takes as long as everything else here together.
+        let architecture = format!("{major}{minor}");
+        let compiling = std::thread::spawn(move || kernels::elementwise(compute, &architecture));
         let (stream, copies) = (context.new_stream().map_err(open)?, context.new_stream().map_err(open)?);
         // A finished layer's few kernels go before the next layer's many: behind them, the next but one would wait.
         let (_, highest) = cudarc::driver::result::stream::get_priority_range().map_err(open)?;
@@ -80,19 +138,25 @@ impl Cuda {
         let processors = context
             .attribute(sys::CUdevice_attribute_enum::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT)
             .map_err(open)?;
+        let [uploads, downloads, codes] = [(); 3].map(|()| Staging::new(&context));
+        let rounding = Mutex::new(Rounding::new(&finishing).map_err(open)?);
+        let compiled = compiling.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))?;
         Ok(Cuda {
-            kernels: Kernels::new(&context, compute)?,
+            kernels: Kernels::new(&context, compiled)?,
             name: context.name().map_err(open)?,
             compute,
             stream,
             copies,
-            finishing,
-            uploads: Staging::new(&context).map_err(open)?,
-            downloads: Staging::new(&context).map_err(open)?,
+            uploads: uploads.map_err(open)?,
+            departures: context.new_stream().map_err(open)?,
+            downloads: downloads.map_err(open)?,
+            codes: codes.map_err(open)?,
+            rounding,
             processors,
             blas,
             attention: Mutex::default(),
             solving: OnceLock::new(),
+            finishing,
             context,
         })
     }
@@ -107,8 +171,28 @@ impl Cuda {
         self.context.mem_get_info().map_or(0, |(free, _)| free as u64)
     }
 
+    /// Whether the GPU computes in the host's memory.
+    pub fn is_integrated(&self) -> bool {
+        self.context
+            .attribute(sys::CUdevice_attribute_enum::CU_DEVICE_ATTRIBUTE_INTEGRATED)
+            .is_ok_and(|integrated| integrated != 0)
+    }
+
     pub(super) fn synchronize(&self) -> Result<()> {
         self.stream.synchronize().map_err(|e| self.failed("finish", e))
+    }
+
+    /// Reads a list that `stream` makes. It is waited for first: the driver holds a lock while it copies to ordinary
+    /// memory, from the call until everything before the copy is done, and nobody could load weights meanwhile.
+    pub(super) fn read_back<T: DeviceRepr + Clone + Default>(
+        &self,
+        from: &CudaSlice<T>,
+        stream: &Arc<CudaStream>,
+    ) -> std::result::Result<Vec<T>, DriverError> {
+        stream.synchronize()?;
+        let values = stream.clone_dtoh(from)?;
+        stream.synchronize()?;
+        Ok(values)
     }
 
     /// `out = x · wᵀ`. cuBLAS thinks in columns: `outᵀ = w · xᵀ`, where our rows are its columns.
@@ -168,10 +252,10 @@ impl Cuda {
     }
 
     /// Copies what the finishing stream made.
-    pub(super) fn read_finished(&self, from: &CudaSlice<u8>, to: &mut [u8]) -> Result<()> {
+    pub(super) fn read_finished(&self, from: &CudaView<u8>, to: &mut [u8]) -> Result<()> {
         let at = from.device_ptr(&self.finishing).0;
         // SAFETY: the slice is as long as `to`: both hold the codes or the scales of one weight.
-        let copied = unsafe { self.downloads.download(at, to, &self.finishing) };
+        let copied = unsafe { self.codes.download(at, to, &self.finishing) };
         copied.map_err(|e| self.failed("copy from the card", e))
     }
 
@@ -179,9 +263,13 @@ impl Cuda {
         let out_of_memory = error.0 == sys::CUresult::CUDA_ERROR_OUT_OF_MEMORY;
         let error = Error::run(format!("{}: can't {what}: {error}", self.name));
         if out_of_memory {
-            let free = crate::units::binary(self.free_memory());
-            return error
-                .fix(format!("{free} are free on the card: end other programs on it, or use --device cpu"));
+            let fits = self.free_memory() + reserved(&self.context).unwrap_or(0);
+            // What is between the tensors, and what the driver takes for itself, has no use for them.
+            let fits = crate::units::binary(fits / 100 * 95);
+            return error.fix(format!(
+                "end other programs on the card, or go on in what is free with --memory-per-rank {} and --resume",
+                fits.replace(' ', "")
+            ));
         }
         error.fix("check the card with nvidia-smi, then use --resume")
     }

@@ -30,9 +30,9 @@ pub struct Kernels {
 }
 
 impl Kernels {
-    /// Compiles and loads them.
-    pub fn new(context: &Arc<CudaContext>, compute: Compute) -> Result<Kernels> {
-        let module = load(context, &[ELEMENTWISE, NVFP4], compute, &[])?;
+    /// Loads what [`elementwise`] compiled.
+    pub fn new(context: &Arc<CudaContext>, binary: Vec<u8>) -> Result<Kernels> {
+        let module = load_binary(context, binary)?;
         let function = |name: &str| {
             module
                 .load_function(name)
@@ -51,6 +51,11 @@ impl Kernels {
             channel_sums: function("channel_sums")?,
         })
     }
+}
+
+/// Compiles the kernels of the forward pass and of rounding, without a context.
+pub fn elementwise(compute: Compute, architecture: &str) -> Result<Vec<u8>> {
+    compile(&[ELEMENTWISE, NVFP4], compute, architecture, &[]).map(|(binary, _)| binary)
 }
 
 macro_rules! solver_kernels {
@@ -110,6 +115,10 @@ fn load(
     let (major, minor) =
         context.compute_capability().map_err(|e| Error::run(format!("CUDA: can't ask the card: {e}")))?;
     let (binary, _) = compile(sources, compute, &format!("{major}{minor}"), defines)?;
+    load_binary(context, binary)
+}
+
+fn load_binary(context: &Arc<CudaContext>, binary: Vec<u8>) -> Result<Arc<CudaModule>> {
     context.load_module(Ptx::from_binary(binary)).map_err(|e| {
         Error::run(format!("CUDA: the card refuses the kernels: {e}")).fix("update the NVIDIA driver")
     })

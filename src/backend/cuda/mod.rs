@@ -12,7 +12,8 @@ mod tensor;
 
 use std::sync::Mutex;
 
-use cudarc::driver::{DevicePtr, LaunchConfig};
+use cudarc::driver::sys::CUevent_flags;
+use cudarc::driver::{CudaEvent, DevicePtr, LaunchConfig};
 
 pub use device::{Cuda, available};
 pub use tensor::Tensor;
@@ -71,9 +72,20 @@ impl Backend for Cuda {
     type Index = Index;
     type Amax = Amax;
     type Sums = DeviceSums;
+    type Moment = CudaEvent;
 
     fn compute(&self) -> Compute {
         self.compute
+    }
+
+    fn moment(&self) -> Result<CudaEvent> {
+        let timed = Some(CUevent_flags::CU_EVENT_DEFAULT);
+        self.stream.record_event(timed).map_err(|e| self.failed("mark a moment", e))
+    }
+
+    fn seconds(&self, earlier: &CudaEvent, later: &CudaEvent) -> Result<f64> {
+        let between = earlier.elapsed_ms(later).map_err(|e| self.failed("take the time", e))?;
+        Ok(f64::from(between) / 1e3)
     }
 
     fn load(&self, source: &SourceTensor) -> Result<Tensor> {
@@ -92,8 +104,20 @@ impl Backend for Cuda {
         x.upload(self, bytes)
     }
 
-    fn download(&self, x: &Tensor, bytes: &mut Vec<u8>) -> Result<()> {
-        x.download(self, bytes)
+    fn arrived(&self, bytes: &[u8], cols: usize) -> Result<Tensor> {
+        let rows = bytes.len() / (cols * self.compute.bytes()).max(1);
+        Tensor::uploaded(self, rows, cols, bytes.len(), &|at, to| {
+            to.copy_from_slice(&bytes[at..at + to.len()]);
+            Ok(())
+        })
+    }
+
+    fn copy(&self, from: &Tensor, to: &mut Tensor) -> Result<()> {
+        to.copy_from(self, from)
+    }
+
+    fn download_as_of(&self, moment: &CudaEvent, x: &Tensor, bytes: &mut Vec<u8>) -> Result<()> {
+        x.download(self, moment, bytes)
     }
 
     fn index(&self, values: &[u32]) -> Result<Index> {
@@ -230,7 +254,7 @@ impl Backend for Cuda {
 
     fn read_amax(&self, amax: &Amax) -> Result<Vec<f32>> {
         let slots = amax.0.lock().expect("no holder of this lock panics");
-        let bits = self.stream.clone_dtoh(&*slots).map_err(|e| self.failed("read maxima", e))?;
+        let bits = self.read_back(&slots, &self.stream).map_err(|e| self.failed("read maxima", e))?;
         Ok(bits.into_iter().map(f32::from_bits).collect())
     }
 
@@ -252,7 +276,7 @@ impl Backend for Cuda {
 
     fn values(&self, x: &Tensor) -> Result<Vec<f32>> {
         let mut bytes = Vec::new();
-        x.download(self, &mut bytes)?;
+        self.download(x, &mut bytes)?;
         Ok(match self.compute {
             Compute::Bf16 => {
                 bytes.chunks_exact(2).map(|b| half::bf16::from_le_bytes([b[0], b[1]]).to_f32()).collect()
@@ -262,12 +286,13 @@ impl Backend for Cuda {
     }
 
     fn weight_amax(&self, weight: &Tensor) -> Result<f32> {
+        let failed = |e| self.failed("read a maximum", e);
+        let mut rounding = self.rounding.lock().expect("no holder of this lock panics");
+        self.finishing.memset_zeros(&mut rounding.slot).map_err(failed)?;
         let n = (weight.rows * weight.cols) as u64;
-        let slot = self.finishing.alloc_zeros::<u32>(1).map_err(|e| self.failed("allocate a maximum", e))?;
-        let (from, at) = (weight.pointer_for_finishing(self), slot.device_ptr(&self.finishing).0);
+        let (from, at) = (weight.pointer_for_finishing(self), rounding.slot.device_ptr(&self.finishing).0);
         launch!(on finishing: self, &self.kernels.amax, self.walk(n), from, n, at)?;
-        let bits = self.finishing.clone_dtoh(&slot).map_err(|e| self.failed("read a maximum", e))?;
-        self.finishing.synchronize().map_err(|e| self.failed("read a maximum", e))?;
+        let bits = self.read_back(&rounding.slot, &self.finishing).map_err(failed)?;
         Ok(f32::from_bits(bits[0]))
     }
 
@@ -282,16 +307,18 @@ impl Backend for Cuda {
         if (codes.len(), scales.len()) != (blocks * BLOCK / 2, blocks) {
             return Err(Error::run("codes and scales do not fit the weight"));
         }
-        // SAFETY: the kernel below writes every byte before the copies, on the same stream, read them.
-        let allocated =
-            unsafe { (self.finishing.alloc::<u8>(codes.len()), self.finishing.alloc::<u8>(scales.len())) };
-        let failed = |e| self.failed("allocate codes", e);
-        let (codes_there, scales_there) = (allocated.0.map_err(failed)?, allocated.1.map_err(failed)?);
+        let mut rounding = self.rounding.lock().expect("no holder of this lock panics");
+        if rounding.bytes.len() < codes.len() + scales.len() {
+            // SAFETY: the kernel below writes every byte before the copies, on the same stream, read them.
+            rounding.bytes = unsafe { self.finishing.alloc(codes.len() + scales.len()) }
+                .map_err(|e| self.failed("allocate codes", e))?;
+        }
+        let (codes_there, scales_there) = rounding.bytes.split_at(codes.len());
         let to = (codes_there.device_ptr(&self.finishing).0, scales_there.device_ptr(&self.finishing).0);
         let (from, config, global) =
             (weight.pointer_for_finishing(self), threads_for(blocks), global.multiplier());
         launch!(on finishing: self, &self.kernels.quantize, config, from, blocks as u64, global, to.0, to.1)?;
         self.read_finished(&codes_there, codes)?;
-        self.read_finished(&scales_there, scales)
+        self.read_finished(&scales_there.slice(..scales.len()), scales)
     }
 }

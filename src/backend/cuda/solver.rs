@@ -3,7 +3,7 @@
 use std::ffi::c_void;
 
 use cudarc::cublas::{CudaBlas, result as cublas, sys as cublas_sys};
-use cudarc::driver::{CudaSlice, DevicePtr, DriverError, LaunchConfig};
+use cudarc::driver::{CudaSlice, DevicePtr, LaunchConfig};
 
 use super::kernels::{SolverKernels, launch};
 use super::{Cuda, DeviceSums, THREADS, Tensor, threads_for};
@@ -103,10 +103,7 @@ impl Cuda {
     }
 
     fn fetch<T: cudarc::driver::DeviceRepr + Clone + Default>(&self, from: &CudaSlice<T>) -> Result<Vec<T>> {
-        let failed = |e: DriverError| self.failed("copy from the card", e);
-        let values = self.finishing.clone_dtoh(from).map_err(failed)?;
-        self.finishing.synchronize().map_err(failed)?;
-        Ok(values)
+        self.read_back(from, &self.finishing).map_err(|e| self.failed("copy from the card", e))
     }
 
     /// The address of something on the finishing stream.
@@ -365,8 +362,8 @@ impl Solver for Cuda {
     fn read_codes(&self, codes: Codes) -> Result<QuantizedLinear> {
         let mut here =
             QuantizedLinear { codes: vec![0; codes.codes.len()], scales: vec![0; codes.scales.len()] };
-        self.read_finished(&codes.codes, &mut here.codes)?;
-        self.read_finished(&codes.scales, &mut here.scales)?;
+        self.read_finished(&codes.codes.as_view(), &mut here.codes)?;
+        self.read_finished(&codes.scales.as_view(), &mut here.scales)?;
         Ok(here)
     }
 }

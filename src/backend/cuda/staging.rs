@@ -13,8 +13,8 @@ pub struct Staging {
     buffer: Mutex<PinnedHostSlice<u8>>,
 }
 
-/// Bytes that travel at a time: a few milliseconds of copying and of the bus.
-const PART: usize = 64 << 20;
+/// Bytes that travel at a time: a millisecond or two of copying and of the bus. Locking pages takes long.
+const PART: usize = 32 << 20;
 /// Bytes that one thread copies.
 const SHARE: usize = 1 << 20;
 

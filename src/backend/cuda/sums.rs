@@ -86,9 +86,8 @@ impl DeviceSums {
 
     pub(super) fn read(&self, cuda: &Cuda) -> Result<Channels> {
         let failed = |e| cuda.failed("read statistics", e);
-        let amax = cuda.stream.clone_dtoh(&self.amax).map_err(failed)?;
-        let squares = cuda.stream.clone_dtoh(&self.squares).map_err(failed)?;
-        cuda.synchronize()?;
+        let amax = cuda.read_back(&self.amax, &cuda.stream).map_err(failed)?;
+        let squares = cuda.read_back(&self.squares, &cuda.stream).map_err(failed)?;
         Ok(Channels { amax: amax.into_iter().map(f32::from_bits).collect(), squares })
     }
 

@@ -91,8 +91,8 @@ impl Tensor {
         })
     }
 
-    /// A weight whose bytes `read` gives, part by part.
-    fn uploaded(
+    /// A matrix whose bytes `read` gives, part by part, copied beside the forward pass.
+    pub(super) fn uploaded(
         cuda: &Cuda,
         rows: usize,
         cols: usize,
@@ -144,16 +144,33 @@ impl Tensor {
         if expected == 0 {
             return Ok(());
         }
+        // As for reading: what comes before is waited for without the driver's lock.
+        cuda.synchronize()?;
         let mut place = self.data.slice_mut(..expected);
         cuda.stream.memcpy_htod(bytes, &mut place).map_err(|e| cuda.failed("copy to the card", e))
     }
 
-    pub(super) fn download(&self, cuda: &Cuda, bytes: &mut Vec<u8>) -> Result<()> {
+    pub(super) fn copy_from(&mut self, cuda: &Cuda, from: &Tensor) -> Result<()> {
+        let (bytes, room) = (from.bytes(cuda), self.bytes(cuda));
+        if bytes != room {
+            return Err(Error::run(format!("a matrix of {bytes} bytes where {room} belong")));
+        }
+        if bytes > 0 {
+            let mut place = self.data.slice_mut(..bytes);
+            cuda.stream
+                .memcpy_dtod(&from.data.slice(..bytes), &mut place)
+                .map_err(|e| cuda.failed("copy on the card", e))?;
+        }
+        from.used(cuda)
+    }
+
+    pub(super) fn download(&self, cuda: &Cuda, moment: &CudaEvent, bytes: &mut Vec<u8>) -> Result<()> {
         bytes.resize(self.bytes(cuda), 0);
-        let from = self.data.slice(..bytes.len());
-        cuda.stream
-            .memcpy_dtoh(&from, bytes.as_mut_slice())
-            .map_err(|e| cuda.failed("copy from the card", e))?;
-        cuda.synchronize()
+        let failed = |e| cuda.failed("copy from the card", e);
+        cuda.departures.wait(moment).map_err(failed)?;
+        // Without cudarc's own waiting, which would be for the last use, not for `moment`.
+        let at = self.data.device_ptr(self.data.stream()).0;
+        // SAFETY: the matrix has this many bytes, and is not freed while it is borrowed.
+        unsafe { cuda.downloads.download(at, bytes, &cuda.departures) }.map_err(failed)
     }
 }
