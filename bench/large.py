@@ -5,8 +5,9 @@
 
 Needs torch and safetensors; no network. Without a network the peers come from a folder of wheels, installed
 beforehand: `pip install --no-index --find-links WHEELS nvidia-modelopt llmcompressor`. The checkpoint is made in
-SCRATCH and stays in the page cache. Times are whole processes; for the peers without their imports (loading,
-calibrating and exporting, as their runners tell). Prints a table.
+SCRATCH and stays in the page cache. Times are whole processes; for the peers also without their imports (loading,
+calibrating and exporting, as their runners tell). Idle is the share of the time from the first layer's first
+micro-batch to the last layer's last in which the card computes nothing, by its own clock. Prints a table.
 """
 
 import argparse
@@ -55,24 +56,30 @@ def distq(args, model: Path, out: Path, ranks: int) -> dict:
         subprocess.run([str(part) for part in command], env=environment, check=True)
     wall = time.monotonic() - started
     told = json.loads(report.read_text())
-    bars = [bar for rank in told["ranks"] for bar in rank["timeline"]]
+    idle = []
+    for rank in told["ranks"]:
+        bars = [bar for bar in rank["timeline"] if bar["work"] == "compute"]
+        busy = sum(bar["end"] - bar["start"] for bar in bars)
+        idle.append(1 - busy / (bars[-1]["end"] - bars[0]["start"]))
     return {
         "wall": wall, "card": memory.peak, "host": max(rank["peak_resident"] for rank in told["ranks"]) / 2**30,
         "phases": {name: round(seconds, 2) for name, seconds in told["seconds"].items()},
-        "steady": max(bar["end"] for bar in bars) - min(bar["start"] for bar in bars),
-        "modes": [stage["mode"] for stage in told["plan"]["stages"]],
+        "whole": wall, "idle": [round(share, 3) for share in idle],
+        "modes": [(stage["mode"], stage["group"]) for stage in told["plan"]["stages"]],
     }
 
 
 def peer(script: str, model: Path, out: Path) -> dict:
     command = [sys.executable, ROOT / "bench/peers" / script, model, model / "calib.jsonl", out]
+    started = time.monotonic()
     with Memory() as memory:
         process = subprocess.run([str(part) for part in command], capture_output=True, text=True)
+    whole = time.monotonic() - started
     lines = [line for line in process.stdout.splitlines() if line.startswith("seconds")]
     if process.returncode or not lines:
         return {"failed": (process.stderr.strip().splitlines() or ["no message"])[-1]}
     phases = [float(part) for part in lines[-1].split()[1:]]
-    return {"wall": sum(phases), "phases": phases, "card": memory.peak}
+    return {"wall": sum(phases), "whole": whole, "phases": phases, "card": memory.peak}
 
 
 def main() -> None:
@@ -111,16 +118,19 @@ def main() -> None:
             shutil.rmtree(out, ignore_errors=True)
             rows.append((name, [peer(script, model, out)]))
             print("   ", rows[-1][1], flush=True)
-    print("| program | wall, s | spread | card, GiB | walk, s |\n|---|---|---|---|---|")
+    print("| program | wall, s | spread | with imports, s | card, GiB | walk, s | card idle |\n|---|---|---|---|---|---|---|")
     for name, results in rows:
         if "failed" in results[0]:
-            print(f"| {name} | failed: {results[0]['failed']} | | | |")
+            print(f"| {name} | failed: {results[0]['failed']} | | | | | |")
             continue
         walls = [result["wall"] for result in results]
         walks = [result["phases"]["walk"] for result in results if isinstance(result["phases"], dict)]
         walk = f"{statistics.median(walks):.2f}" if walks else ""
         card = max(result["card"] for result in results)
-        print(f"| {name} | {statistics.median(walls):.2f} | {min(walls):.2f} to {max(walls):.2f} | {card:.1f} | {walk} |")
+        whole = statistics.median(result["whole"] for result in results)
+        idle = max((share for result in results for share in result.get("idle", [])), default=None)
+        print(f"| {name} | {statistics.median(walls):.2f} | {min(walls):.2f} to {max(walls):.2f} | {whole:.2f} "
+              f"| {card:.1f} | {walk} | {'' if idle is None else f'{idle:.1%}'} |")
 
 
 if __name__ == "__main__":

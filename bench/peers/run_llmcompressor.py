@@ -12,7 +12,9 @@ from datasets import Dataset
 from llmcompressor import oneshot
 from llmcompressor.modifiers.gptq import GPTQModifier
 from llmcompressor.modifiers.quantization import QuantizationModifier
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
 source, calib, out, *method = sys.argv[1:]
 times = [time.monotonic()]
@@ -22,8 +24,11 @@ rows = [json.loads(line) for line in open(calib)]
 rows = [row | {"attention_mask": [1] * len(row["input_ids"])} for row in rows]
 Modifier = GPTQModifier if method == ["gptq"] else QuantizationModifier
 recipe = Modifier(targets="Linear", scheme="NVFP4", ignore=["lm_head"])
-# A checkpoint of random weights has no tokenizer; token ids need none.
-tokenizer = AutoTokenizer.from_pretrained(source) if (Path(source) / "tokenizer.json").exists() else None
+if (Path(source) / "tokenizer.json").exists():
+    tokenizer = AutoTokenizer.from_pretrained(source)
+else:
+    # A checkpoint of random weights has none, and token ids need none; oneshot insists.
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(WordLevel({"<pad>": 0}, "<pad>")), pad_token="<pad>")
 oneshot(
     model=model, dataset=Dataset.from_list(rows), recipe=recipe, tokenizer=tokenizer,
     max_seq_length=max(len(row["input_ids"]) for row in rows), num_calibration_samples=len(rows),
@@ -32,6 +37,5 @@ oneshot(
 times.append(time.monotonic())
 model.save_pretrained(out, save_compressed=True)
 times.append(time.monotonic())
-if tokenizer:
-    tokenizer.save_pretrained(out)
+tokenizer.save_pretrained(out)
 print("seconds", *(round(b - a, 2) for a, b in zip(times, times[1:])))

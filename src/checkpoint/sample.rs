@@ -3,6 +3,8 @@
 use std::os::unix::fs::FileExt;
 use std::time::{Duration, Instant, SystemTime};
 
+use rayon::prelude::*;
+
 use super::Checkpoint;
 use crate::error::{Error, Result};
 
@@ -14,28 +16,28 @@ const BLOCK: u64 = 4 << 20;
 const LONG_ENOUGH: Duration = Duration::from_millis(250);
 
 impl Checkpoint {
-    /// Bytes/s at which this host reads the files: up to 128 MiB in blocks that lie spread over them, for at most
-    /// a quarter of a second and a block. Blocks lie elsewhere each time, so that what an earlier sample left in
-    /// the page cache is hardly met. They are read, not mapped, and don't count as [`Checkpoint::bytes_mapped`].
+    /// Bytes/s at which this host reads the files: up to 128 MiB in blocks that lie spread over them, as many at once
+    /// as weights are loaded with, for at most a quarter of a second and a block. Blocks lie elsewhere each time, so
+    /// that what an earlier sample left in the page cache is hardly met. They are read, not mapped, and don't count as
+    /// [`Checkpoint::bytes_mapped`].
     ///
     /// # Errors
     /// Exit code 5, naming the file, where one can't be read.
     pub fn read_rate(&self) -> Result<f64> {
         let total: u64 = self.lengths.iter().sum();
         let share = (total / BLOCKS).max(1);
-        let mut buffer = vec![0; share.min(BLOCK) as usize];
+        let bytes = share.min(BLOCK);
         let elsewhere =
             SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).map_or(0, |now| now.subsec_nanos());
         let started = Instant::now();
-        let mut read = 0;
-        for block in 0..BLOCKS {
-            let spare = share - buffer.len() as u64;
-            let at = block * share + u64::from(elsewhere).wrapping_mul(2 * block + 1) % (spare + 1);
-            read += self.read_at(at.min(total - 1), &mut buffer)?;
+        let read = |block: u64| {
             if started.elapsed() > LONG_ENOUGH {
-                break;
+                return Ok(0);
             }
-        }
+            let at = block * share + u64::from(elsewhere).wrapping_mul(2 * block + 1) % (share - bytes + 1);
+            self.read_at(at.min(total - 1), &mut vec![0; bytes as usize])
+        };
+        let read: usize = (0..BLOCKS).into_par_iter().map(read).sum::<Result<usize>>()?;
         Ok(read as f64 / started.elapsed().as_secs_f64())
     }
 

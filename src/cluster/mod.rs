@@ -48,7 +48,7 @@ pub struct Cluster {
     silence: Duration,
     pulse: Pulse,
     local_rank: usize,
-    local_size: usize,
+    local_ranks: Vec<usize>,
     /// Whether every rank knows of the failure that ends the job.
     agreed: Cell<bool>,
 }
@@ -91,7 +91,7 @@ impl Cluster {
             std::process::exit(cluster.conclude(Err(error)));
         }
         cluster.local_rank = greetings[..cluster.rank].iter().filter(|other| other.is_near(mine)).count();
-        cluster.local_size = greetings.iter().filter(|other| other.is_near(mine)).count();
+        cluster.local_ranks = (0..cluster.size).filter(|&rank| greetings[rank].is_near(mine)).collect();
         cluster.hosts = greetings.into_iter().map(|greeting| greeting.host).collect();
         Ok(cluster)
     }
@@ -112,7 +112,7 @@ impl Cluster {
             silence,
             pulse: Pulse::new([]),
             local_rank: 0,
-            local_size: 1,
+            local_ranks: vec![rank],
             agreed: Cell::new(false),
         };
         cluster.pulse = Pulse::new(cluster.company());
@@ -139,9 +139,14 @@ impl Cluster {
         self.local_rank
     }
 
-    /// Ranks on this host.
+    /// The ranks on this host, this one among them.
+    pub fn local_ranks(&self) -> &[usize] {
+        &self.local_ranks
+    }
+
+    /// How many ranks are on this host.
     pub fn local_size(&self) -> usize {
-        self.local_size
+        self.local_ranks.len()
     }
 
     /// Whether this is rank 0, which plans, writes and prints.
@@ -170,7 +175,7 @@ const LOOKING: u32 = 16;
 
 impl Cluster {
     fn idle(&self) -> Idle {
-        let ranks = self.local_size as u32;
+        let ranks = self.local_size() as u32;
         Idle { pause: PAUSE, longest: Duration::from_millis(1) * ranks.div_ceil(LOOKING) }
     }
 

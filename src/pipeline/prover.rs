@@ -20,11 +20,12 @@ pub struct Prover {
 }
 
 impl Prover {
-    /// Starts it. Layers that it is not told of are left to [`Proof::finish`].
+    /// Starts it. `written_here` are ranks whose tensors this host writes; layers of others are left to
+    /// [`Proof::finish`].
     ///
     /// # Errors
     /// Exit code 5 where the system refuses a thread.
-    pub fn start(mut proof: Proof) -> Result<Prover> {
+    pub fn start(mut proof: Proof, written_here: HashSet<usize>) -> Result<Prover> {
         let (layers, finished) = unbounded();
         let refused = |e: &dyn Display| Error::run(format!("can't start a thread: {e}"));
         // Threads of its own: in the common pool a copy to the card would wait until a whole linear is read.
@@ -34,7 +35,7 @@ impl Prover {
             proof
         };
         let proof = std::thread::Builder::new().name("prover".into()).spawn(read).map_err(|e| refused(&e))?;
-        Ok(Prover { layers, proof, written_here: HashSet::from([0]) })
+        Ok(Prover { layers, proof, written_here })
     }
 
     /// Notes that rank 0 writes what `rank` makes.

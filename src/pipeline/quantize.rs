@@ -93,11 +93,12 @@ pub fn quantize(cluster: &Cluster, options: &Options) -> Result<()> {
     // The descriptions are known before the weights, and the proof reads them.
     let mut side_files = vec![];
     let mut prover = None;
+    let local_ranks = cluster.local_ranks().iter().copied().collect();
     cluster.from_root(|| {
         let partial = &root.as_ref().expect("rank 0 has the output").dir.partial;
         side_files = write_description(&job, options, partial, placement.index.as_ref())?;
         if matches!(device, Device::Cuda(_)) {
-            prover = Some(Prover::start(Proof::begin(partial, Some(&job.checkpoint.dir))?)?);
+            prover = Some(Prover::start(Proof::begin(partial, Some(&job.checkpoint.dir))?, local_ranks)?);
         }
         Ok(())
     })?;

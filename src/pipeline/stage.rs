@@ -125,7 +125,7 @@ impl<B: Solver> Stage<'_, B> {
     /// Embeds a micro-batch, on the first stage, and leaves the embedding in `table`.
     pub(super) fn embed(
         &self,
-        micro_batch: usize,
+        ids: &B::Index,
         state: &mut B::Tensor,
         table: &mut Option<B::Tensor>,
     ) -> Result<()> {
@@ -134,8 +134,7 @@ impl<B: Solver> Stage<'_, B> {
             Some(here) => here,
             None => self.backend.load(&job.checkpoint.tensor(&job.model.embedding().name)?)?,
         };
-        let ids = self.backend.index(job.ids_of(micro_batch))?;
-        self.backend.embed(&here, &ids, state)?;
+        self.backend.embed(&here, ids, state)?;
         *table = Some(here);
         Ok(())
     }

@@ -25,6 +25,9 @@ pub struct Walk<'a, B: Solver> {
     crossing: Crossing<B>,
     decoder: Decoder<'a, B>,
     batches: Vec<Batch<B>>,
+    /// Token ids by micro-batch, on the first stage. All at once: a GPU takes such a list only when it has nothing else
+    /// to do.
+    ids: Vec<B::Index>,
     /// Tokens of the largest micro-batch.
     most: usize,
     keeper: Keeper<'a>,
@@ -72,6 +75,8 @@ impl<'a, B: Solver> Walk<'a, B> {
             .iter()
             .map(|mb| decoder.batch(&table, mb.samples.start, &job.lengths[mb.samples.clone()]))
             .collect::<Result<_>>()?;
+        let embedded = if stage.slice.start == 0 { 0..batches.len() } else { 0..0 };
+        let ids = embedded.map(|i| stage.backend.index(job.ids_of(i))).collect::<Result<_>>()?;
         let most = batches.iter().map(|batch| batch.tokens).max().unwrap_or(0);
         let captured = batches.iter().map(|_| None).collect();
         let keeper = Keeper::new(stage.states, job);
@@ -82,6 +87,7 @@ impl<'a, B: Solver> Walk<'a, B> {
             crossing,
             decoder,
             batches,
+            ids,
             most,
             keeper,
             captured,
@@ -267,7 +273,7 @@ impl<'a, B: Solver> Walk<'a, B> {
         stage.backend.set_rows(state, self.batches[i].tokens);
         if route.enter == layer && !route.kept {
             if stage.slice.start == 0 {
-                return stage.embed(i, state, table);
+                return stage.embed(&self.ids[i], state, table);
             }
             let started = Instant::now();
             self.crossing.enter(stage.backend, i, state)?;
