@@ -129,17 +129,21 @@ impl Inventory {
     }
 }
 
-/// Bytes of a layer's statistics, and of the largest site's factor, f32 weights (as they are, folded, and back from
-/// their codes) and sampled outputs.
+/// Bytes of a layer's statistics, and of solving for its codes: site after site, each with its factor, its f32 weights
+/// (as they are, and of one member the rounding's own and those back from its codes) and sampled outputs, while the
+/// products of later sites wait.
 fn statistics(model: &ModelConfig, method: Method) -> u64 {
-    let sizes = model.groups(0).into_iter().map(|group| {
-        let (n, rows) =
-            (group.members[0].cols, group.members.iter().map(|linear| linear.rows).sum::<usize>());
-        (if method.needs_products() { n * n } else { n }, rows * n, Sampling::ROWS * (n + rows))
-    });
-    let sums: usize = sizes.clone().map(|(products, _, sampled)| products + sampled).sum();
-    let solving = sizes.map(|(products, weights, sampled)| products + 3 * weights + 3 * sampled).max();
-    4 * (sums + solving.unwrap_or(0)) as u64
+    let (mut waiting, mut most) = (0, 0);
+    for group in model.groups(0).iter().rev() {
+        let n = group.members[0].cols;
+        let rows = group.members.iter().map(|linear| linear.rows);
+        let (all, largest) = (rows.clone().sum::<usize>(), rows.max().unwrap_or(0));
+        let products = if method.needs_products() { n * n } else { n };
+        let sampled = Sampling::ROWS * (n + all);
+        waiting += products + sampled;
+        most = most.max(waiting + products + (all + 2 * largest) * n + 3 * sampled);
+    }
+    4 * most as u64
 }
 
 struct Builder<'a> {
