@@ -1,6 +1,6 @@
 """Does a second rank help? SmolLM2's calibration on one thread, against two ranks of one thread each.
 
-    python3 bench/ranks.py [RUNS]        (default 3; needs two idle cores)
+    python3 bench/ranks.py [RUNS] [METHODS...]        (default 3, max and best; needs two idle cores)
 
 Runs alternate; the figure is the median of the walk's seconds (every phase between the plan and the proof).
 """
@@ -35,13 +35,13 @@ def walk(scratch, ranks, method):
     return report["seconds"]["walk"], [round(b, 2) for b in busy], [round(r["phases"]["wait"], 2) for r in report["ranks"]]
 
 
-def main(runs):
+def main(runs=3, *methods):
     print("| method | one rank, s | two ranks, s | ratio | computing by rank, s | waiting by rank, s |")
     print("|---|---|---|---|---|---|")
-    for method in ("max", "best"):
+    for method in methods or ("max", "best"):
         times = {1: [], 2: []}
         with tempfile.TemporaryDirectory() as scratch:
-            for _ in range(runs):
+            for _ in range(int(runs)):
                 for ranks in times:
                     seconds, busy, waits = walk(scratch, ranks, method)
                     times[ranks].append(seconds)
@@ -50,4 +50,4 @@ def main(runs):
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]) if len(sys.argv) > 1 else 3)
+    main(*sys.argv[1:])

@@ -27,7 +27,7 @@ fn main() -> ExitCode {
         Ok(cluster) => cluster,
         Err(error) => {
             if launch().is_none_or(|launch| launch.rank == 0) {
-                let _ = writeln!(std::io::stderr(), "distq: {error}");
+                let _ = std::io::stderr().write_all(format!("distq: {error}\n").as_bytes());
             }
             return ExitCode::from(error.exit as u8);
         }

@@ -108,7 +108,8 @@ static TOLD: AtomicBool = AtomicBool::new(false);
 pub(super) fn say(text: &str) {
     if !TOLD.swap(true, Ordering::Relaxed) {
         let mut stderr = std::io::stderr().lock();
-        let _ = writeln!(stderr, "distq: {text}");
+        // At once: a launcher puts its own words between the parts of a message.
+        let _ = stderr.write_all(format!("distq: {text}\n").as_bytes());
         let _ = stderr.flush();
     }
 }

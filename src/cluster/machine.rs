@@ -24,7 +24,7 @@ pub struct Machine {
     pub threads: usize,
     /// Threads of all ranks on this host for each of its cores, at least one.
     pub crowding: f64,
-    /// Bytes that this rank may use.
+    /// Bytes that this rank may use, those that it has included.
     pub memory: u64,
     /// Of which kind.
     pub kind: MemoryKind,
@@ -35,12 +35,13 @@ impl Machine {
     pub fn here(host: &str, local_size: usize, chosen_memory: Option<u64>) -> Machine {
         let share = local_size.max(1);
         let threads = threads(share);
-        let crowding = online_cores().map_or(1.0, |cores| (threads * share) as f64 / cores as f64);
+        let cores = online_cores().into_iter().chain(cpu_quota()).min();
+        let crowding = cores.map_or(1.0, |cores| (threads * share) as f64 / cores as f64);
         Machine {
             host: host.to_string(),
             threads,
             crowding: crowding.max(1.0),
-            memory: chosen_memory.unwrap_or_else(|| usable_memory() / share as u64),
+            memory: chosen_memory.unwrap_or_else(|| usable_memory() / share as u64 + own_memory("VmRSS")),
             kind: MemoryKind::Host,
         }
     }
@@ -126,6 +127,13 @@ fn usable_memory() -> u64 {
     let available = fs::read_to_string("/proc/meminfo").ok().and_then(|text| mem_available(&text));
     let limits = cgroup_dirs().into_iter().filter_map(|dir| cgroup_room(&dir));
     limits.chain(available).min().unwrap_or(0)
+}
+
+/// Bytes of this process, as the kernel calls them: `VmRSS` what it has, `VmHWM` the most that it had.
+pub fn own_memory(name: &str) -> u64 {
+    let status = fs::read_to_string("/proc/self/status").unwrap_or_default();
+    let line = status.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix(':'));
+    line.and_then(|line| line.split_whitespace().next()?.parse::<u64>().ok()).unwrap_or(0) * 1024
 }
 
 fn mem_available(meminfo: &str) -> Option<u64> {
@@ -248,6 +256,8 @@ mod tests {
     fn this_machine_has_cores_and_memory() {
         let machine = Machine::here(&host_name(), 1, None);
         assert!(machine.threads >= 1 && machine.memory > 1 << 20);
+        assert!(own_memory("VmRSS") > 1 << 20 && own_memory("VmHWM") >= own_memory("VmRSS"));
+        assert_eq!(own_memory("Vm"), 0);
         assert_eq!(Machine::here("h", 2, Some(5)).memory, 5);
     }
 }

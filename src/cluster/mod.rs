@@ -22,7 +22,7 @@ use std::time::Duration;
 
 pub use fail::abort;
 pub use launch::{Launch, launch};
-pub use machine::{Machine, MemoryKind};
+pub use machine::{Machine, MemoryKind, own_memory};
 pub use pump::Outgoing;
 pub use transport::{Frame, Tag};
 

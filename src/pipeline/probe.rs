@@ -17,7 +17,7 @@ use crate::model::{Batch, Decoder, LayerWeights, ModelConfig, Site};
 use crate::nvfp4::{GlobalScale, QuantizedLinear};
 
 /// Rates in FLOP/s.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Copy, Debug, serde::Serialize, serde::Deserialize)]
 pub struct Rates {
     /// The forward pass.
     pub forward: f64,

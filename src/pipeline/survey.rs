@@ -4,7 +4,7 @@ use std::path::PathBuf;
 
 use super::inventory::Inventory;
 use super::operations::pairs;
-use super::probe::Probe;
+use super::probe::{Probe, Rates};
 use crate::backend::{Device, DeviceChoice};
 use crate::calibration::{MicroBatch, micro_batches};
 use crate::checkpoint::{Checkpoint, Layout, Scheme};
@@ -131,51 +131,67 @@ pub fn survey(
         lengths: &lengths,
         tokens: device.micro_batch_tokens() / 2,
     };
-    let rates = cluster.agree(cluster.attend(|| device.run(probe)))?;
-    tracing::debug!("{:.3e} FLOP/s, {:.3e} with statistics", rates.forward, rates.statistics);
-    let shared = if device.memory().is_some() { 1.0 } else { machine.crowding };
+    let (company, crowding) =
+        if device.memory().is_some() { (1, 1.0) } else { (cluster.local_size(), machine.crowding) };
+    // Ranks of one host read from one disk, and those with the same device are equal: what they measure apart from each
+    // other is noise, which the plan should not show. Where equal ranks outnumber the cores, only as many measure as
+    // those serve at once.
+    let kind = Kind {
+        host: cluster.host().to_string(),
+        device: format!("{} × {}", machine.threads, device.name()),
+        micro_batch_tokens: device.micro_batch_tokens(),
+    };
+    let kinds = cluster.all_gather(&kind)?;
+    let before = kinds[..cluster.rank()].iter().filter(|other| **other == kind).count();
+    let measures = (before as f64) < company as f64 / crowding;
+    let rates = cluster.agree(measures.then(|| cluster.attend(|| device.run(probe))).transpose())?;
+    if let Some(rates) = &rates {
+        tracing::debug!("{:.3e} FLOP/s, {:.3e} with statistics", rates.forward, rates.statistics);
+    }
+    let measured = cluster.all_gather(&(read_rate, rates))?;
+    let equal = kinds.iter().zip(&measured).filter(|(other, _)| **other == kind);
+    let rates: Vec<Rates> = equal.filter_map(|(_, (_, rates))| *rates).collect();
+    let near = kinds.iter().zip(&measured).filter(|(other, _)| other.host == kind.host);
     let node = Node {
         rank: cluster.rank(),
-        host: cluster.host().to_string(),
         memory: machine.memory,
         cache,
-        flops: rates.forward / shared,
-        statistics_flops: rates.statistics / shared,
-        solving_flops: rates.solving / shared,
-        read_rate,
+        flops: mean(rates.iter().map(|rates| rates.forward)),
+        statistics_flops: mean(rates.iter().map(|rates| rates.statistics)),
+        solving_flops: mean(rates.iter().map(|rates| rates.solving)),
+        read_rate: mean(near.map(|(_, (read_rate, _))| *read_rate)),
         link: cluster.link_rate()?,
+        company,
+        crowding,
+        host: kind.host,
     };
-    let nodes = cluster.gather(&(node, format!("{} × {}", machine.threads, device.name())))?;
+    let nodes = cluster.gather(&node)?;
     // Made once for the whole job: the smallest of what the devices like.
-    let tokens = cluster.all_gather(&device.micro_batch_tokens())?.into_iter().min().unwrap_or(1);
+    let tokens = kinds.iter().map(|kind| kind.micro_batch_tokens).min().unwrap_or(1);
     let batches = micro_batches(&lengths, tokens);
     let planned = cluster.from_root(|| {
         let work = work(options, &model, &lengths, &batches);
-        let nodes = leveled(nodes.unwrap_or_default());
-        plan(&nodes, &inventory.cost(&model, options.method), &work, options.layers_per_rank.as_deref())
+        plan(
+            &nodes.unwrap_or_default(),
+            &inventory.cost(&model, options.method),
+            &work,
+            options.layers_per_rank.as_deref(),
+        )
     })?;
     Ok(Survey { checkpoint, model, inventory, machine, device, micro_batches: batches, plan: planned })
 }
 
-/// Ranks of one host read from one disk, and those with the same device are equal: what they measured apart from
-/// each other is noise, which the plan should not show.
-fn leveled(measured: Vec<(Node, String)>) -> Vec<Node> {
-    let mean = |rate: fn(&Node) -> f64, alike: &dyn Fn(&Node, &str) -> bool| {
-        let rates = measured.iter().filter(|(node, device)| alike(node, device)).map(|(node, _)| rate(node));
-        rates.clone().sum::<f64>() / rates.count() as f64
-    };
-    let level = |(node, device): &(Node, String)| {
-        let host = |other: &Node, _: &str| other.host == node.host;
-        let equal = |other: &Node, its: &str| other.host == node.host && its == device;
-        Node {
-            read_rate: mean(|node| node.read_rate, &host),
-            flops: mean(|node| node.flops, &equal),
-            statistics_flops: mean(|node| node.statistics_flops, &equal),
-            solving_flops: mean(|node| node.solving_flops, &equal),
-            ..node.clone()
-        }
-    };
-    measured.iter().map(level).collect()
+/// Ranks whose rates are the same.
+#[derive(PartialEq, serde::Serialize, serde::Deserialize)]
+struct Kind {
+    host: String,
+    /// Threads and what they compute on.
+    device: String,
+    micro_batch_tokens: usize,
+}
+
+fn mean(values: impl Iterator<Item = f64> + Clone) -> f64 {
+    values.clone().sum::<f64>() / values.count() as f64
 }
 
 /// Plans for machines that are not there, on this one alone: they are on links of `links` bytes/s, one for all or

@@ -65,6 +65,8 @@ impl AssumedMachine {
             solving_flops: flops / 20.0,
             read_rate: READ_RATE,
             link,
+            company: 1,
+            crowding: 1.0,
         }
     }
 }

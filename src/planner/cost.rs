@@ -248,8 +248,17 @@ impl Slice {
         self.layers.end == model.layers()
     }
 
-    /// How long things take on `node`, passing hidden states on at `link` bytes/s.
-    pub fn pace(&self, node: &Node, link: f64, mode: Mode, model: &ModelCost, work: &Work) -> Pace {
+    /// How long things take on `node`, which computes `slowed` times slower than alone, passing hidden states on at
+    /// `link` bytes/s.
+    pub fn pace(
+        &self,
+        node: &Node,
+        link: f64,
+        slowed: f64,
+        mode: Mode,
+        model: &ModelCost,
+        work: &Work,
+    ) -> Pace {
         let time = |amount: f64, rate: f64| (amount / rate * SECOND).round() as Time;
         // Whole femtoseconds a byte and a layer, so that equal shares take equal times.
         let bytes = |bytes: u64, rate: f64| Time::from(bytes) * time(1.0, rate);
@@ -260,9 +269,9 @@ impl Slice {
         let states = work.tokens * model.hidden_row;
         let sent = if self.is_last(model) { 0 } else { states };
         Pace {
-            forward: layers * time(forward, node.flops),
-            statistics: layers * time(statistics, node.statistics_flops),
-            solving: layers * time(model.operations.solving, node.solving_flops),
+            forward: layers * time(forward, node.flops / slowed),
+            statistics: layers * time(statistics, node.statistics_flops / slowed),
+            solving: layers * time(model.operations.solving, node.solving_flops / slowed),
             read: bytes(self.source, node.read_rate),
             again: bytes(self.source, if kept { CACHE_RATE.max(node.read_rate) } else { node.read_rate }),
             write: bytes(self.output, WRITE_RATE),
@@ -331,7 +340,7 @@ mod tests {
     fn seconds(node: &Node, slice: Range<usize>, mode: Mode, group: usize) -> f64 {
         let (model, work) = (model(8), work());
         let slice = model.slice(slice);
-        let pace = Pace { link: 0, ..slice.pace(node, 1.0, mode, &model, &work) };
+        let pace = Pace { link: 0, ..slice.pace(node, 1.0, 1.0, mode, &model, &work) };
         let cost = slice.cost(&pace, mode, group, &model, &work);
         (cost.fill + cost.rest) as f64 / work.groups(group) as f64 / SECOND
     }
@@ -373,7 +382,7 @@ mod tests {
         assert_eq!(mode(least, &without), None);
         assert_eq!(mode(least - 1, &with), None);
         assert_eq!(mode(peak(Mode::Streamed, &with), &with), Some(Mode::Streamed));
-        let spill = |mode| slice.pace(&node(0, 0, 1e15), 1e9, mode, &thorough, &with).spill;
+        let spill = |mode| slice.pace(&node(0, 0, 1e15), 1e9, 1.0, mode, &thorough, &with).spill;
         assert_eq!(spill(Mode::Streamed), 0);
         assert!(spill(Mode::Spilled) > 0);
     }

@@ -45,6 +45,18 @@ pub struct Node {
     pub read_rate: f64,
     /// Rate at which this rank exchanges hidden states, in bytes/s; two ranks do so at the lower of theirs.
     pub link: f64,
+    /// Ranks that compute on the same cores, this one included.
+    pub company: usize,
+    /// How much slower each of them is when all compute at once, at least 1.
+    pub crowding: f64,
+}
+
+impl Node {
+    /// How much slower this rank is when at most so many ranks of the job compute at once.
+    fn slowed(&self, at_once: usize) -> f64 {
+        let share = self.company.min(at_once) as f64 / self.company as f64;
+        (share * self.crowding).max(1.0)
+    }
 }
 
 /// One stage of the pipeline: a contiguous slice of decoder layers on one rank.
@@ -284,8 +296,16 @@ impl Planner<'_> {
         if once && mode == Mode::Streamed && work.groups(group) > 1 {
             return None;
         }
-        let pace = slice.pace(node, next.min(node.link), mode, model, work);
+        let slowed = node.slowed(self.at_once(group));
+        let pace = slice.pace(node, next.min(node.link), slowed, mode, model, work);
         Some(slice.cost(&pace, mode, group, model, work))
+    }
+
+    /// How many ranks compute at once at most: where each is done behind its last group, as many as there are groups
+    /// on their way.
+    fn at_once(&self, group: usize) -> usize {
+        let one_sweep = self.work.calibrates && self.model.statistics.is_none();
+        if one_sweep { self.work.groups(group) } else { usize::MAX }
     }
 
     /// What a rank must have for a slice at the very least.
@@ -298,7 +318,8 @@ impl Planner<'_> {
         found.wall * self.work.groups(group) as Time / self.work.groups(found.group) as Time
     }
 
-    /// The plan of what was found, and the time that its schedule takes in simulation.
+    /// The plan of what was found, and the time that its schedule takes in simulation: each rank as fast as it is when
+    /// it has a core, but no host faster than its cores get through what its ranks have to compute.
     fn finished(&self, found: Found) -> Plan {
         let (group, model, work) = (found.group, self.model, self.work);
         let staged: Vec<_> = (found.stages.iter())
@@ -310,10 +331,15 @@ impl Planner<'_> {
             .collect();
         let links = staged.iter().skip(1).map(|(node, ..)| node.link).chain([f64::MAX]);
         let paces = staged.iter().zip(links).map(|((node, slice, mode), next)| {
-            (slice.pace(node, next.min(node.link), *mode, model, work), slice.layers.len(), *mode)
+            (slice.pace(node, next.min(node.link), 1.0, *mode, model, work), slice.layers.len(), *mode)
         });
         let times = simulate(paces, group, model.statistics.is_some(), work);
-        let seconds = times.iter().map(|times| times.end).fold(0.0, f64::max);
+        let crowded = staged.iter().map(|(node, ..)| *node).filter(|node| node.crowding > 1.0).map(|node| {
+            let mates = staged.iter().zip(&times).filter(|((other, ..), _)| other.host == node.host);
+            let busy: Vec<f64> = mates.map(|(_, times)| times.busy).collect();
+            node.crowding * busy.iter().sum::<f64>() / busy.len() as f64
+        });
+        let seconds = times.iter().map(|times| times.end).chain(crowded).fold(0.0, f64::max);
         let stage = |((node, slice, mode), times): ((&Node, Slice, Mode), simulate::Times)| Stage {
             rank: node.rank,
             host: node.host.clone(),

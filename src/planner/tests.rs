@@ -17,6 +17,8 @@ pub(super) fn node(rank: usize, memory: u64, flops: f64) -> Node {
         solving_flops: flops / 4.0,
         read_rate: 1e9,
         link: 1e9,
+        company: 1,
+        crowding: 1.0,
     }
 }
 
@@ -218,6 +220,27 @@ fn a_link_that_is_slower_than_its_stages_sets_the_pace() {
 }
 
 #[test]
+fn ranks_that_outnumber_cores_are_as_fast_as_the_cores() {
+    let crowd = |ranks: usize, work: &Work| {
+        let host = "one".to_string();
+        let member = |rank| Node {
+            host: host.clone(),
+            company: ranks,
+            crowding: (ranks as f64 / 2.0).max(1.0),
+            ..node(rank, GIB, 1e9)
+        };
+        plan(&(0..ranks).map(member).collect::<Vec<_>>(), &model(64), work, None).unwrap().seconds
+    };
+    // 640 s of arithmetic, and two cores.
+    let (many, one) = (Work { micro_batches: 64, ..work() }, Work { micro_batches: 1, ..work() });
+    for ranks in [2, 4, 16, 64] {
+        let (piped, alone) = (crowd(ranks, &many), crowd(ranks, &one));
+        assert!((320.0..341.0).contains(&piped), "{ranks} ranks: {piped} s");
+        assert!((640.0..641.0).contains(&alone), "{ranks} ranks, one of which computes at a time: {alone} s");
+    }
+}
+
+#[test]
 fn a_slow_link_is_crossed_once() {
     // Two pairs of ranks, each pair on a fast link of its own speed.
     let links = [SLOW, FAST, SLOW, FAST];
@@ -347,7 +370,7 @@ proptest! {
                 // spans that may overlap: passing the first group on, what else that takes, what follows.
                 let one_layer = |stage: &Stage| {
                     let (slice, node) = (model.slice(stage.layers.clone()), &planner.nodes[stage.rank]);
-                    let p = slice.pace(node, node.link, stage.mode, &model, &work);
+                    let p = slice.pace(node, node.link, 1.0, stage.mode, &model, &work);
                     let all = p.forward + p.statistics + p.solving + p.read + p.again + p.write + p.spill;
                     all as f64 / SECOND / stage.layers.len() as f64
                 };

@@ -9,7 +9,7 @@ use std::path::Path;
 use super::page::page;
 use super::{Bar, Phases};
 use crate::calibration;
-use crate::cluster::{Cluster, Machine};
+use crate::cluster::{Cluster, Machine, own_memory};
 use crate::error::{Error, Result};
 use crate::pipeline::{Options, PartId, PartRecord};
 use crate::planner::Plan;
@@ -130,17 +130,10 @@ impl RankReport {
             kernel: kernel.to_string(),
             phases,
             bytes_read,
-            peak_resident: peak_resident(),
+            peak_resident: own_memory("VmHWM"),
             timeline,
         }
     }
-}
-
-fn peak_resident() -> u64 {
-    let status = std::fs::read_to_string("/proc/self/status").unwrap_or_default();
-    let line = status.lines().find_map(|line| line.strip_prefix("VmHWM:"));
-    let kib = line.and_then(|line| line.split_whitespace().next()?.parse::<u64>().ok());
-    kib.unwrap_or(0) * 1024
 }
 
 /// Maxima by rank. A linear has one of its weight and one of its input.

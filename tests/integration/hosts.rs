@@ -34,5 +34,5 @@ fn hosts_that_share_only_a_network_give_the_files_of_one_rank() {
 fn a_link_that_goes_down_at_any_time_ends_the_job_by_name() {
     let scene = Scene::new();
     scene.repeat_calib(1500);
-    script("links", &scene, 300);
+    script("links", &scene, 600);
 }

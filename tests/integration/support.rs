@@ -309,8 +309,17 @@ pub fn mpirun() -> Command {
 
 /// Whether the launcher on the path is Open MPI's.
 pub fn is_open_mpi() -> bool {
+    launcher().contains("Open MPI")
+}
+
+/// Whether it passes on what ranks say after it was told to end: Open MPI 5's doesn't.
+pub fn listens_to_the_end() -> bool {
+    !launcher().contains("(Open MPI) 5")
+}
+
+fn launcher() -> String {
     let version = Command::new("mpirun").arg("--version").output().unwrap();
-    String::from_utf8_lossy(&version.stdout).contains("Open MPI")
+    String::from_utf8_lossy(&version.stdout).into_owned()
 }
 
 /// `shim.c`, compiled once.
@@ -342,7 +351,8 @@ pub struct Ended {
 impl Ended {
     /// distq's own lines on standard error, without the launcher's.
     pub fn messages(&self) -> Vec<&str> {
-        self.stderr.lines().filter_map(|line| line.strip_prefix("distq: ")).collect()
+        // Open MPI 5 ends its own with a zero byte.
+        self.stderr.lines().filter_map(|line| line.trim_start_matches('\0').strip_prefix("distq: ")).collect()
     }
 
     pub fn json(&self) -> Value {
