@@ -95,10 +95,10 @@ impl Layout {
 
     /// What a global scale stored in this layout says.
     pub fn global(self, stored: f32) -> GlobalScale {
-        GlobalScale::from_multiplier(match self {
-            Layout::CompressedTensors => 1.0 / stored,
-            Layout::Modelopt => stored,
-        })
+        match self {
+            Layout::CompressedTensors => GlobalScale::from_divisor(stored),
+            Layout::Modelopt => GlobalScale::from_multiplier(stored),
+        }
     }
 }
 

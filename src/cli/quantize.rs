@@ -22,7 +22,8 @@ pub struct PlanArgs {
     /// What is quantized: nvfp4 (weights and activations) or nvfp4a16 (weights only).
     #[arg(long, default_value = "nvfp4")]
     pub scheme: Scheme,
-    /// How codes and scales are chosen: best, or pieces joined by +: [smooth+] max, sweep, wsweep, gptq, gptq+guard.
+    /// How codes and scales are chosen: best, or pieces joined by +: [smooth+] max, sweep, wsweep, gptq or gptq+guard
+    /// [+headroom].
     #[arg(long, default_value = "best", value_name = "NAME")]
     pub method: Method,
     /// Leave these modules in their dtype: full names with `*` for any part, or re:EXPRESSION. Repeatable.

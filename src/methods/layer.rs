@@ -1,5 +1,6 @@
 //! One decoder layer: choose the folds, fold, choose codes, judge them.
 
+use super::headroom::headroom;
 use super::smoothing::{Choice, Smoothing};
 use super::{Codes, Method, SiteStatistics, hessian};
 use crate::backend::Solver;
@@ -54,8 +55,10 @@ pub struct QuantizedGroup {
     pub site: Site,
     /// The members' common scale.
     pub global: GlobalScale,
-    /// `max |x|` of the input as it will be served.
+    /// `max |x|` of the input after folding.
     pub input_amax: f32,
+    /// How many times that the input's scale has room for.
+    pub headroom: f32,
     /// Its fold.
     pub smoothing: Option<Smoothing>,
     /// The damping of its Hessian.
@@ -222,6 +225,10 @@ impl<S: Solver> Layer<'_, S> {
         self.fold(site, folds, &mut members)?;
         let global = group_scale(solver, &members)?;
         let input_amax = statistics.input_amax();
+        let headroom = match method.headroom && self.quantized_inputs {
+            true => headroom(&solver.read(&statistics.fit)?, input_amax),
+            false => 1.0,
+        };
         let importance = match method.codes {
             Codes::Sweep => vec![1.0; n],
             _ => statistics.importance(solver)?,
@@ -230,7 +237,7 @@ impl<S: Solver> Layer<'_, S> {
         let factor = factor.as_ref();
 
         let sample = statistics.judges();
-        let served = self.served(statistics)?;
+        let served = self.served(statistics, headroom)?;
         let mut quantized = Vec::new();
         for (w, output_error_max) in members.iter().zip(plain) {
             let outputs = solver.outputs(sample, w)?;
@@ -269,7 +276,16 @@ impl<S: Solver> Layer<'_, S> {
             quantized.push(QuantizedMember { linear, amax: solver.largest(w)?, verdict });
         }
         let damping = factor.map(|(_, damping)| *damping);
-        Ok(QuantizedGroup { site, global, input_amax, smoothing, damping, fallback, members: quantized })
+        Ok(QuantizedGroup {
+            site,
+            global,
+            input_amax,
+            headroom,
+            smoothing,
+            damping,
+            fallback,
+            members: quantized,
+        })
     }
 
     /// Each member's output error without folds under max scales.
@@ -279,7 +295,7 @@ impl<S: Solver> Layer<'_, S> {
         statistics: &SiteStatistics<S::Matrix>,
     ) -> Result<Vec<f64>> {
         let (solver, n, sample) = (self.solver, statistics.channels(), statistics.judges());
-        let served = self.served(statistics)?;
+        let served = self.served(statistics, 1.0)?;
         let global = group_scale(solver, members)?;
         let error = |w: &S::Matrix| {
             let rounded = solver.dequantize(&solver.round_max(w, global)?, n, global)?;
@@ -291,8 +307,8 @@ impl<S: Solver> Layer<'_, S> {
     }
 
     /// The rows to judge with, as an engine sees them.
-    fn served(&self, statistics: &SiteStatistics<S::Matrix>) -> Result<S::Matrix> {
-        let input = self.quantized_inputs.then(|| GlobalScale::from_amax(statistics.input_amax()));
+    fn served(&self, statistics: &SiteStatistics<S::Matrix>, headroom: f32) -> Result<S::Matrix> {
+        let input = self.quantized_inputs.then(|| GlobalScale::from_amax(headroom * statistics.input_amax()));
         self.solver.served(statistics.judges(), &vec![1.0; statistics.channels()], input)
     }
 

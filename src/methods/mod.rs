@@ -4,6 +4,7 @@
 //! summed up for a site ([`SiteStatistics`]), one layer at a time ([`layer`]). Arithmetic happens where the weights
 //! are, behind [`crate::backend::Solver`]; here is what is tried and what is kept.
 
+mod headroom;
 mod hessian;
 pub mod layer;
 mod max;
@@ -51,13 +52,15 @@ pub struct Method {
     pub codes: Codes,
     /// Keep GPTQ's codes of a linear only where they also win on documents that it has not seen.
     pub guard: bool,
+    /// Leave room above the largest input where that costs nothing.
+    pub headroom: bool,
 }
 
 impl Method {
     /// Max calibration alone.
-    pub const MAX: Method = Method { smooth: false, codes: Codes::Max, guard: false };
+    pub const MAX: Method = Method { smooth: false, codes: Codes::Max, guard: false, headroom: false };
     /// Every piece.
-    pub const BEST: Method = Method { smooth: true, codes: Codes::Gptq, guard: true };
+    pub const BEST: Method = Method { smooth: true, codes: Codes::Gptq, guard: true, headroom: true };
 
     /// Whether a layer's inputs must be summed up and sampled, rather than their maximum taken.
     pub fn needs_statistics(self) -> bool {
@@ -77,7 +80,8 @@ impl fmt::Display for Method {
         }
         let smooth = if self.smooth { "smooth+" } else { "" };
         let guard = if self.guard { "+guard" } else { "" };
-        write!(f, "{smooth}{}{guard}", self.codes.name())
+        let headroom = if self.headroom { "+headroom" } else { "" };
+        write!(f, "{smooth}{}{guard}{headroom}", self.codes.name())
     }
 }
 
@@ -88,13 +92,15 @@ impl FromStr for Method {
         if text == "best" {
             return Ok(Method::BEST);
         }
-        let fix = "use best, or pieces joined by +: [smooth+] max, sweep, wsweep, gptq or gptq+guard";
+        let fix =
+            "use best, or pieces joined by +: [smooth+] max, sweep, wsweep, gptq or gptq+guard [+headroom]";
         let mut method = Method::MAX;
         let mut codes = None;
         for piece in text.split('+') {
             match (piece, Codes::ALL.iter().find(|(name, _)| *name == piece)) {
                 ("smooth", _) if !method.smooth => method.smooth = true,
                 ("guard", _) if !method.guard => method.guard = true,
+                ("headroom", _) if !method.headroom => method.headroom = true,
                 (_, Some((_, chosen))) if codes.is_none() => codes = Some(*chosen),
                 _ => return Err(Error::usage(format!("there is no method {text:?}")).fix(fix)),
             }
@@ -113,11 +119,11 @@ mod tests {
 
     #[test]
     fn methods_are_read_as_they_are_written() {
-        for text in ["max", "sweep", "wsweep", "gptq", "gptq+guard", "smooth+max", "smooth+gptq", "best"] {
+        for text in ["max", "sweep", "wsweep", "gptq", "gptq+guard", "smooth+max", "max+headroom", "best"] {
             assert_eq!(text.parse::<Method>().unwrap().to_string(), text);
         }
         assert_eq!("smooth".parse::<Method>().unwrap().to_string(), "smooth+max");
-        assert_eq!("guard+gptq+smooth".parse::<Method>().unwrap(), Method::BEST);
+        assert_eq!("guard+gptq+headroom+smooth".parse::<Method>().unwrap(), Method::BEST);
         for wrong in ["", "awq", "max+gptq", "smooth+smooth", "smooth+guard", "best+gptq"] {
             assert_eq!(wrong.parse::<Method>().unwrap_err().exit as i32, 2, "{wrong:?}");
         }

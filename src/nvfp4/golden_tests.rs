@@ -117,7 +117,7 @@ fn activations_as_compressed_tensors_simulates_them() {
     let golden = json("ct_nvfp4_golden.json");
     let case = golden["cases"].as_array().unwrap().iter().find(|c| c["name"] == "act_local_dynamic").unwrap();
     let mut x = bf16s(&case["x_bf16_bits"]);
-    let input = GlobalScale::from_multiplier(1.0 / case["input_global_scale"].as_f64().unwrap() as f32);
+    let input = GlobalScale::from_divisor(case["input_global_scale"].as_f64().unwrap() as f32);
     activation::quantize_dequantize(&mut x, input);
     let rounded: Vec<f32> = x.iter().map(|&x| bf16::from_f32(x).to_f32()).collect();
     assert_eq!(rounded, bf16s(&case["fake_quant_bf16_bits"]));

@@ -215,12 +215,12 @@ impl<B: Solver> Finisher<'_, B> {
             let (mut maxima, mut verdicts) = (vec![], vec![]);
             for (name, member) in names.into_iter().zip(group.members) {
                 healthy("folded weights", name, member.amax)?;
-                self.linear(name, member.linear, group.global, input)?;
+                self.linear(name, member.linear, group.global, input.map(|amax| group.headroom * amax))?;
                 maxima.push((name.clone(), member.amax));
                 verdicts.push(member.verdict);
             }
-            let QuantizedGroup { site, smoothing, damping, fallback, .. } = group;
-            let chosen = Some(Chosen { smoothing, damping, fallback, verdicts });
+            let QuantizedGroup { site, smoothing, headroom, damping, fallback, .. } = group;
+            let chosen = Some(Chosen { smoothing, headroom, damping, fallback, verdicts });
             groups.push(GroupRecord { site, input_amax: input, members: maxima, chosen });
             started = Instant::now();
             Ok(())

@@ -87,6 +87,8 @@ pub struct GroupRecord {
 pub struct Chosen {
     /// Its fold.
     pub smoothing: Option<Smoothing>,
+    /// How many times the largest input its scale has room for.
+    pub headroom: f32,
     /// The damping of its Hessian.
     pub damping: Option<f32>,
     /// Why codes were chosen otherwise than asked for.

@@ -86,6 +86,10 @@ fn plots(groups: &[GroupView<'_>]) -> String {
         Some(group.record.chosen.as_ref()?.smoothing.as_ref()?.gain)
     });
     add("input maximum", true, &|group| group.record.input_amax.map(f64::from));
+    add("input headroom, times the maximum", true, &|group| {
+        let chosen = group.record.chosen.as_ref()?;
+        group.record.input_amax.map(|_| f64::from(chosen.headroom))
+    });
     add("largest weight", true, &|group| {
         let maxima = group.record.members.iter().map(|(_, amax)| f64::from(*amax));
         maxima.reduce(f64::max)
@@ -189,7 +193,7 @@ fn loss(groups: &[GroupView<'_>]) -> String {
 fn table(report: &RunReport, groups: &[GroupView<'_>]) -> String {
     let mut out = String::from(
         "<h2>Every linear</h2><table><tr><th>linear<th>codes<th>fold<th>its gain<th>weight error<th>output error, max<th>output \
-         error<th>given up<th>damping<th>max |w|<th>input max<th>block scales by power of two</tr>\n",
+         error<th>given up<th>damping<th>max |w|<th>input max<th>headroom<th>block scales by power of two</tr>\n",
     );
     let number = |value: Option<f64>| value.map_or("-".to_string(), |value| format!("{value:.4}"));
     for group in groups {
@@ -202,7 +206,7 @@ fn table(report: &RunReport, groups: &[GroupView<'_>]) -> String {
             let proven = report.verification.tensors.iter().find(|tensor| tensor.module == *name);
             let _ = writeln!(
                 out,
-                "<tr><td>{}<td>{}<td>{fold}<td>{gain}<td>{}<td>{}<td>{}<td>{}<td>{}<td>{amax:.4}<td>{}<td>{}</tr>",
+                "<tr><td>{}<td>{}<td>{fold}<td>{gain}<td>{}<td>{}<td>{}<td>{}<td>{}<td>{amax:.4}<td>{}<td>{}<td>{}</tr>",
                 escape(name),
                 verdict.map_or("max", |verdict| &verdict.codes),
                 number(verdict.map(|v| v.weight_error).or(proven.map(|tensor| tensor.relative_error))),
@@ -211,6 +215,7 @@ fn table(report: &RunReport, groups: &[GroupView<'_>]) -> String {
                 number(verdict.and_then(|v| v.output_error_other)),
                 number(chosen.and_then(|chosen| chosen.damping).map(f64::from)),
                 number(group.record.input_amax.map(f64::from)),
+                chosen.map_or("-".to_string(), |chosen| chosen.headroom.to_string()),
                 proven.map_or(String::new(), |tensor| bars(&tensor.block_scales)),
             );
         }

@@ -85,6 +85,40 @@ fn too_few_tokens_for_a_hessian_fall_back_by_name() {
 }
 
 #[test]
+fn headroom_scales_inputs_and_nothing_else() {
+    let scene = Scene::new();
+    let tensors = |method: &str| {
+        let path = scene.path("report.json");
+        scene
+            .quantize(method)
+            .args(["--method", method, "--layout", "modelopt", "--report"])
+            .arg(&path)
+            .succeed();
+        let mut found = Default::default();
+        change_safetensors(&scene.path(&format!("{method}/model.safetensors")), |tensors| {
+            found = tensors.clone()
+        });
+        let report: Value = serde_json::from_slice(&fs::read(&path).unwrap()).unwrap();
+        (found, groups(&report))
+    };
+    let ((tight, tight_groups), (roomy, roomy_groups)) = (tensors("max"), tensors("max+headroom"));
+    let value = |bytes: &[u8]| f32::from_le_bytes(bytes.try_into().unwrap());
+    for (name, (_, _, bytes)) in &tight {
+        let Some(module) = name.strip_suffix(".input_scale") else {
+            assert_eq!(*bytes, roomy[name].2, "{name}");
+            continue;
+        };
+        let group = roomy_groups.iter().find(|group| group["members"].to_string().contains(module)).unwrap();
+        let headroom = group["chosen"]["headroom"].as_f64().unwrap() as f32;
+        assert!(headroom > 1.0, "{group}");
+        assert_eq!(value(&roomy[name].2), headroom * value(bytes), "{name}");
+    }
+    let maxima =
+        |groups: &[Value]| groups.iter().map(|group| group["input_amax"].clone()).collect::<Vec<_>>();
+    assert_eq!(maxima(&tight_groups), maxima(&roomy_groups), "the report tells maximum and room apart");
+}
+
+#[test]
 fn linears_that_stay_as_they_are_leave_their_neighbours_unfolded() {
     let scene = Scene::new();
     // Without q, k, v nothing can carry o's fold, and without down nothing can take up's.
@@ -124,6 +158,7 @@ fn the_page_shows_every_linear_and_where_the_loss_sits() {
         "model.layers.5.mlp.down_proj",
         "output error (relative)",
         "its gain",
+        "input headroom",
         "method best",
     ] {
         assert!(page.contains(part), "{part}");
