@@ -179,8 +179,9 @@ impl Cluster {
         Idle { pause: PAUSE, longest: Duration::from_millis(1) * ranks.div_ceil(LOOKING) }
     }
 
-    /// Pauses before looking again; only for others to get to work while something is on its way, because MPI moves it
-    /// while it is being asked.
+    /// Pauses before looking again; only for others to get to work while something large is on its way, because MPI
+    /// moves it while it is being asked. What is small has passed with the next look, and looking costs those that
+    /// compute on the same cores.
     fn rest(&self, idle: &mut Idle) {
         match &self.transport {
             Some(transport) if transport.is_moving() => std::thread::yield_now(),

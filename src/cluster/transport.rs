@@ -173,10 +173,11 @@ impl Transport {
         sending.iter().map(|send| send.bytes.max(1)).sum()
     }
 
-    /// Whether something is on its way and gets on.
+    /// Whether something large is on its way and gets on.
     pub fn is_moving(&self) -> bool {
-        let any = !self.sending.borrow().is_empty() || !self.arriving.borrow().is_empty();
-        any && self.moved.get().elapsed() < MOVING
+        let leaving = self.sending.borrow().iter().any(|send| send.buffer.len() > PART);
+        let arriving = self.arriving.borrow().iter().any(|message| message.frame.body.len() > PART);
+        (leaving || arriving) && self.moved.get().elapsed() < MOVING
     }
 
     /// The next message with this tag, if one has arrived, and its sender.
