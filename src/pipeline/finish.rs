@@ -1,7 +1,7 @@
 //! From a layer's weights and input maxima to its bytes at their places in the output.
 
 use std::collections::HashMap;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use crossbeam_channel::{Receiver, Sender, bounded};
 
@@ -140,7 +140,7 @@ impl<B: Solver> Finisher<'_, B> {
             }
             let input = input_amax.map(|by_site| by_site[group.site as usize]);
             if let Some(amax) = input {
-                healthy("calibration inputs", &group.members[0].name, amax)?;
+                healthy_input(layer, &group.members[0].name, amax)?;
             }
             let global = GlobalScale::from_amax(maxima.iter().copied().fold(0.0, f32::max));
             self.seconds += started.elapsed().as_secs_f64();
@@ -179,7 +179,7 @@ impl<B: Solver> Finisher<'_, B> {
                 healthy("weights", &linear.weight(), amax)?;
             }
             let amax = statistics[group.site as usize].input_amax();
-            healthy("calibration inputs", &group.members[0].name, amax)?;
+            healthy_input(layer, &group.members[0].name, amax)?;
         }
         let norms = job.model.layer_norms(layer).map(|norm| job.checkpoint.tensor(&norm.name));
         let [before_attention, before_mlp] = norms;
@@ -293,6 +293,18 @@ pub(super) fn rewritten(job: &Job, layer: usize, folds: &Folds) -> Result<HashMa
         }
     }
     Ok(tensors)
+}
+
+/// How long a fault that may have come from a layer before is kept back.
+const DEFERENCE: Duration = Duration::from_secs(2);
+
+/// The maximum of an input. NaN passes from layer to layer and from stage to stage: where it began, a weight may say
+/// so, which is what the user must know, and that stage is given the time to speak first.
+fn healthy_input(layer: usize, tensor: &str, amax: f32) -> Result<()> {
+    if layer > 0 && !amax.is_finite() {
+        std::thread::sleep(DEFERENCE);
+    }
+    healthy("calibration inputs", tensor, amax)
 }
 
 /// A maximum that can be turned into a scale.
