@@ -1,7 +1,8 @@
-//! One rank's walk over its slice: hidden states in, layer by layer over a group of micro-batches,
-//! hidden states out; in a resumed run no more of it than its [`Routes`] say. One thread loads the next layer, one
-//! computes, one quantizes the layer before and another places it; two more move hidden states. A streamed stage hands over one layer at a time, so at most three layers' weights exist; a
-//! resident one loads its whole slice ahead and keeps it until the last group has passed.
+//! One rank's walk over its slice: hidden states in, layer by layer over a group of micro-batches, hidden states out;
+//! in a resumed run no more of it than its [`Routes`] say. One thread loads the next layer, one computes, one quantizes
+//! the layer before and another places it; one more copies what nothing is done to, and two move hidden states. A
+//! streamed stage hands over one layer at a time, so at most three layers' weights exist; a resident one loads its whole
+//! slice ahead and keeps it until the last group has passed.
 
 use std::ops::Range;
 use std::panic::resume_unwind;

@@ -126,7 +126,7 @@ impl Cuda {
             return Err(Error::run(format!("GPU {ordinal} is sm_{major}{minor}; BF16 needs sm_80 or newer"))
                 .fix("use an Ampere or newer GPU, or --device cpu"));
         }
-        // The compiler takes as long as everything else here together.
+        // Compiling needs no context, so it goes on beside the rest.
         let architecture = format!("{major}{minor}");
         let compiling = std::thread::spawn(move || kernels::elementwise(compute, &architecture));
         let (stream, copies) = (context.new_stream().map_err(open)?, context.new_stream().map_err(open)?);
