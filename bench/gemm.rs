@@ -1,4 +1,4 @@
-//! Matrix products of SmolLM2's shapes on all cores, beside `matrixmultiply` in F32, in FLOP/s.
+//! Matrix products of SmolLM2's shapes on all cores, in BF16 and in F32, in FLOP/s.
 
 use criterion::{BenchmarkId, Criterion, Throughput, criterion_group, criterion_main};
 use distq::backend::cpu::Cpu;
@@ -18,7 +18,8 @@ fn products(c: &mut Criterion) {
             let (x, w) =
                 (cpu.constant(&values(TOKENS * k), k).unwrap(), cpu.constant(&values(n * k), k).unwrap());
             let mut out = cpu.activation(TOKENS, n).unwrap();
-            let id = BenchmarkId::new(cpu.kernel(), format!("{TOKENS}x{n}x{k}"));
+            let id =
+                BenchmarkId::new(format!("{compute:?} by {}", cpu.kernel()), format!("{TOKENS}x{n}x{k}"));
             group.bench_function(id, |b| b.iter(|| cpu.linear(&x, &w, None, &mut out).unwrap()));
         }
     }
