@@ -10,6 +10,7 @@ use crossbeam_channel::{RecvTimeoutError, Sender, bounded};
 
 use super::{Cluster, launch, transport};
 use crate::error::{Error, ExitCode, Result};
+use crate::last_words;
 
 impl Cluster {
     /// Text prefixed with the rank and the host it comes from, where there is more than one.
@@ -96,7 +97,15 @@ pub fn abort(code: i32) -> ! {
 pub(super) fn install_panic_hook(cluster: &Cluster) {
     let who = cluster.place("");
     std::panic::set_hook(Box::new(move |info| {
-        say(&format!("{who}internal error: {info}; please report it with the command that led here"));
+        let text = info.to_string();
+        // The standard library panics where there is no memory for a thread, or no thread.
+        if text.contains("Cannot allocate memory") || text.contains("failed to spawn thread") {
+            last_words::end(
+                "out of memory: the system gives none for another thread; free some, give this rank fewer layers or \
+                 less --memory-per-rank, then use --resume",
+            );
+        }
+        say(&format!("{who}internal error: {text}; please report it with the command that led here"));
         abort(ExitCode::Run as i32);
     }));
 }
