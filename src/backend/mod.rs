@@ -85,8 +85,9 @@ pub struct Channels {
 
 /// Tensors and operations on one device.
 pub trait Backend: Send + Sync {
-    /// A row-major matrix (or vector: one row) where this backend computes.
-    type Tensor: Send;
+    /// A row-major matrix (or vector: one row) where this backend computes. Weights are shared between the forward
+    /// pass and the thread that quantizes.
+    type Tensor: Send + Sync;
     /// A list of `u32` where this backend computes: token ids, table rows, document bounds.
     type Index: Send;
     /// Running absolute maxima, one f32 slot each.

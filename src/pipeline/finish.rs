@@ -1,6 +1,7 @@
 //! From a layer's weights and input maxima to its bytes at their places in the output.
 
 use std::collections::HashMap;
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use crossbeam_channel::{Receiver, Sender, bounded};
@@ -18,29 +19,40 @@ use crate::model::{LayerWeights, Site};
 use crate::nvfp4::{GlobalScale, QuantizedLinear};
 use crate::report::{Phases, Timeline, Work};
 
-/// A part whose statistics are complete.
+/// What a rank's parts are made of, as it becomes known.
 pub enum Finished<B: Solver> {
     /// A part that has nothing to quantize.
     Copied(PartId),
-    /// A decoder layer.
-    Layer {
+    /// A layer whose codes depend on its weights alone, which may come before the rest.
+    Max {
+        /// Which one.
+        layer: usize,
+        /// Its weights, unless they came before.
+        weights: Option<Arc<LayerWeights<B::Tensor>>>,
+        /// What is known of its inputs.
+        inputs: Inputs,
+    },
+    /// A layer whose codes depend on its inputs.
+    Chosen {
         /// Which one.
         layer: usize,
         /// Its weights.
-        weights: LayerWeights<B::Tensor>,
-        /// What is known of its inputs.
-        inputs: Inputs<B::Matrix>,
+        weights: Arc<LayerWeights<B::Tensor>>,
+        /// What is known of its inputs, by site.
+        statistics: Box<[SiteStatistics<B::Matrix>; 4]>,
+        /// Dropped when the layer is done with.
+        solving: Sender<()>,
     },
 }
 
-/// What is known of a layer's inputs.
-pub enum Inputs<M> {
-    /// Nothing: neither scheme nor method asks.
-    None,
+/// What is known of the inputs of a layer whose codes do not depend on them.
+pub enum Inputs {
+    /// Their maxima are to come.
+    Unknown,
+    /// The scheme does not ask.
+    Unneeded,
     /// `max |x|` by site.
-    Maxima(Vec<f32>),
-    /// Everything that methods other than max need, by site. The sender is dropped when the layer is done with.
-    Statistics(Box<[SiteStatistics<M>; 4]>, Sender<()>),
+    Maxima([f32; 4]),
 }
 
 /// Tensors that may wait for the disk.
@@ -56,6 +68,8 @@ pub struct Finisher<'a, B: Solver> {
     spare: Receiver<Vec<u8>>,
     /// Where work is noted.
     timeline: &'a Timeline,
+    /// Layers that only their inputs' maxima are missing from.
+    quantized: HashMap<usize, Vec<GroupRecord>>,
     /// Seconds spent quantizing.
     seconds: f64,
 }
@@ -76,8 +90,9 @@ pub fn finish<B: Solver>(
     let (places, tensors) = bounded(WAITING);
     let (spare_to, spare) = bounded(2 * WAITING);
     std::thread::scope(|scope| {
-        let placing = scope.spawn(move || Placer { files, outbox, spare: spare_to }.run(&tensors));
-        let mut finisher = Finisher { backend, job, places, spare, timeline, seconds: 0.0 };
+        let placing = scope.spawn(move || Placer { job, files, outbox, spare: spare_to }.run(&tensors));
+        let quantized = HashMap::new();
+        let mut finisher = Finisher { backend, job, places, spare, timeline, quantized, seconds: 0.0 };
         let finished = finisher.run(parts);
         let quantize = finisher.seconds;
         drop(finisher);
@@ -91,17 +106,19 @@ pub fn finish<B: Solver>(
 impl<B: Solver> Finisher<'_, B> {
     fn run(&mut self, parts: impl IntoIterator<Item = Finished<B>>) -> Result<()> {
         for part in parts {
+            let started = self.timeline.now();
             match part {
                 Finished::Copied(part) => self.copied(part)?,
-                Finished::Layer { layer, weights, inputs } => {
-                    let started = self.timeline.now();
-                    match inputs {
-                        Inputs::None => self.max(layer, &weights, None)?,
-                        Inputs::Maxima(maxima) => self.max(layer, &weights, Some(&maxima))?,
-                        Inputs::Statistics(statistics, _solving) => {
-                            self.chosen(layer, &weights, *statistics)?
-                        }
+                Finished::Max { layer, weights, inputs } => {
+                    if let Some(weights) = weights {
+                        let groups = self.max(layer, &weights)?;
+                        self.quantized.insert(layer, groups);
+                        self.timeline.note(Work::Quantize, layer, 0, started, self.timeline.now());
                     }
+                    self.scaled(layer, inputs)?;
+                }
+                Finished::Chosen { layer, weights, statistics, solving: _solving } => {
+                    self.chosen(layer, &weights, *statistics)?;
                     self.timeline.note(Work::Quantize, layer, 0, started, self.timeline.now());
                 }
             }
@@ -118,18 +135,12 @@ impl<B: Solver> Finisher<'_, B> {
         self.place(ToPlace::Part(part, vec![]))
     }
 
-    /// Quantizes and places a layer with max scales. `input_amax` holds `max |x|` by site, where a scheme needs it.
+    /// Quantizes a layer with max scales, and places all of it but the scales of its inputs.
     ///
     /// # Errors
     /// Exit code 5, naming the tensor, where a maximum is zero, NaN or infinite.
-    fn max(
-        &mut self,
-        layer: usize,
-        weights: &LayerWeights<B::Tensor>,
-        input_amax: Option<&[f32]>,
-    ) -> Result<()> {
-        let part = PartId::Layer(layer);
-        self.copy(part, &HashMap::new())?;
+    fn max(&mut self, layer: usize, weights: &LayerWeights<B::Tensor>) -> Result<Vec<GroupRecord>> {
+        self.copy(PartId::Layer(layer), &HashMap::new())?;
         let mut groups = Vec::new();
         for group in &self.job.inventory.layers[layer].quantized {
             let started = Instant::now();
@@ -138,10 +149,6 @@ impl<B: Solver> Finisher<'_, B> {
             for (linear, &amax) in group.members.iter().zip(&maxima) {
                 healthy("weights", &linear.weight(), amax)?;
             }
-            let input = input_amax.map(|by_site| by_site[group.site as usize]);
-            if let Some(amax) = input {
-                healthy_input(layer, &group.members[0].name, amax)?;
-            }
             let global = GlobalScale::from_amax(maxima.iter().copied().fold(0.0, f32::max));
             self.seconds += started.elapsed().as_secs_f64();
             for (linear, weight) in group.members.iter().zip(linears) {
@@ -149,16 +156,39 @@ impl<B: Solver> Finisher<'_, B> {
                 let (elements, spare) = (linear.rows * linear.cols, self.spare());
                 let quantized = quantize_linear(self.backend, weight, elements, global, spare)?;
                 self.seconds += started.elapsed().as_secs_f64();
-                self.linear(&linear.name, quantized, global, input)?;
+                self.linear(&linear.name, quantized, global)?;
             }
             groups.push(GroupRecord {
                 site: group.site,
-                input_amax: input,
+                input_amax: None,
                 members: group.members.iter().map(|l| l.name.clone()).zip(maxima).collect(),
                 chosen: None,
             });
         }
-        self.place(ToPlace::Part(part, groups))
+        Ok(groups)
+    }
+
+    /// Places the scales of a quantized layer's inputs, which is all that is missing from it, once they are known.
+    ///
+    /// # Errors
+    /// Exit code 5, naming the tensor, where a maximum is zero, NaN or infinite.
+    fn scaled(&mut self, layer: usize, inputs: Inputs) -> Result<()> {
+        let maxima = match inputs {
+            Inputs::Unknown => return Ok(()),
+            Inputs::Unneeded => None,
+            Inputs::Maxima(maxima) => Some(maxima),
+        };
+        let mut groups = self.quantized.remove(&layer).expect("weights do not come after maxima");
+        for group in &mut groups {
+            group.input_amax = maxima.map(|by_site| by_site[group.site as usize]);
+            if let Some(amax) = group.input_amax {
+                healthy_input(layer, &group.members[0].0, amax)?;
+                for (name, _) in &group.members {
+                    self.input(name, amax)?;
+                }
+            }
+        }
+        self.place(ToPlace::Part(PartId::Layer(layer), groups))
     }
 
     /// Quantizes and places a layer by what its statistics say.
@@ -215,7 +245,10 @@ impl<B: Solver> Finisher<'_, B> {
             let (mut maxima, mut verdicts) = (vec![], vec![]);
             for (name, member) in names.into_iter().zip(group.members) {
                 healthy("folded weights", name, member.amax)?;
-                self.linear(name, member.linear, group.global, input.map(|amax| group.headroom * amax))?;
+                self.linear(name, member.linear, group.global)?;
+                if let Some(amax) = input {
+                    self.input(name, group.headroom * amax)?;
+                }
                 maxima.push((name.clone(), member.amax));
                 verdicts.push(member.verdict);
             }
@@ -228,25 +261,18 @@ impl<B: Solver> Finisher<'_, B> {
         self.place(ToPlace::Part(part, groups))
     }
 
-    /// Places the tensors of one linear.
-    fn linear(
-        &mut self,
-        name: &str,
-        quantized: QuantizedLinear,
-        global: GlobalScale,
-        input_amax: Option<f32>,
-    ) -> Result<()> {
+    /// Places the weights of one linear.
+    fn linear(&mut self, name: &str, quantized: QuantizedLinear, global: GlobalScale) -> Result<()> {
         let names = self.job.layout.linear_names(name);
         self.place(ToPlace::Made(names.codes, quantized.codes))?;
         self.place(ToPlace::Made(names.scales, quantized.scales))?;
-        self.place(ToPlace::Made(names.weight_global, self.job.layout.scalar(global).to_vec()))?;
-        match input_amax {
-            None => Ok(()),
-            Some(amax) => {
-                let scalar = self.job.layout.scalar(GlobalScale::from_amax(amax));
-                self.place(ToPlace::Made(names.input_global, scalar.to_vec()))
-            }
-        }
+        self.place(ToPlace::Made(names.weight_global, self.job.layout.scalar(global).to_vec()))
+    }
+
+    /// Places the scale of a linear's input.
+    fn input(&self, name: &str, amax: f32) -> Result<()> {
+        let scalar = self.job.layout.scalar(GlobalScale::from_amax(amax));
+        self.place(ToPlace::Made(self.job.layout.linear_names(name).input_global, scalar.to_vec()))
     }
 
     /// Carries tensors over, some of them rewritten.

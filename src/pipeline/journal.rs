@@ -62,10 +62,24 @@ pub enum PartId {
 pub struct PartRecord {
     /// Which part.
     pub part: PartId,
-    /// blake3 of its output tensors' bytes, in the inventory's order.
+    /// See [`part_digest`].
     pub digest: String,
     /// What was measured of its fused groups.
     pub groups: Vec<GroupRecord>,
+}
+
+/// blake3 of a tensor's bytes.
+pub fn digest(bytes: &[u8]) -> blake3::Hash {
+    blake3::Hasher::new().update_rayon(bytes).finalize()
+}
+
+/// blake3 of the digests of a part's output tensors, in the inventory's order, as hexadecimal digits.
+pub fn part_digest(tensors: impl IntoIterator<Item = blake3::Hash>) -> String {
+    let mut whole = blake3::Hasher::new();
+    tensors.into_iter().for_each(|tensor| {
+        whole.update(tensor.as_bytes());
+    });
+    whole.finalize().to_hex().to_string()
 }
 
 /// What was measured of one fused group.

@@ -1,16 +1,18 @@
 //! Finished tensors to their places, on a thread of their own: while one is digested and written, the next is
 //! being quantized.
 
+use std::collections::HashMap;
 use std::time::Instant;
 
 use crossbeam_channel::{Receiver, Sender};
 
-use super::journal::{GroupRecord, PartId, PartRecord};
+use super::job::Job;
+use super::journal::{GroupRecord, PartId, PartRecord, digest, part_digest};
 use super::messages::{Event, Outbox};
 use crate::checkpoint::{OutputFiles, SourceTensor};
 use crate::error::Result;
 
-/// Something to be placed, in the inventory's order.
+/// Something to be placed.
 pub enum ToPlace {
     /// A tensor that was made here.
     Made(String, Vec<u8>),
@@ -22,6 +24,8 @@ pub enum ToPlace {
 
 /// Writes tensors where this rank sees the output, and sends them to rank 0 where it doesn't.
 pub struct Placer<'a> {
+    /// What the parts consist of.
+    pub job: &'a Job,
     /// The output, where this rank sees it.
     pub files: Option<&'a OutputFiles>,
     /// To rank 0.
@@ -37,12 +41,12 @@ impl Placer<'_> {
     /// # Errors
     /// Exit code 5: a disk that fails.
     pub fn run(self, tensors: &Receiver<ToPlace>) -> Result<f64> {
-        let (mut digest, mut seconds) = (blake3::Hasher::new(), 0.0);
+        let (mut digests, mut seconds) = (HashMap::new(), 0.0);
         for tensor in tensors {
             let started = Instant::now();
             match tensor {
                 ToPlace::Made(name, bytes) => {
-                    digest.update_rayon(&bytes);
+                    digests.insert(name.clone(), digest(&bytes));
                     match self.files {
                         Some(files) => {
                             files.write(&name, &bytes)?;
@@ -54,14 +58,17 @@ impl Placer<'_> {
                 }
                 // In place there is no need for a copy in memory: an embedding may be gigabytes.
                 ToPlace::Copied(source) => {
-                    digest.update_rayon(source.bytes());
+                    digests.insert(source.name.clone(), digest(source.bytes()));
                     match self.files {
                         Some(files) => files.write(&source.name, source.bytes())?,
                         None => self.outbox.tensor(&source.name, source.bytes().to_vec())?,
                     }
                 }
                 ToPlace::Part(part, groups) => {
-                    let digest = std::mem::take(&mut digest).finalize().to_hex().to_string();
+                    let tensors = &self.job.inventory.part(part).outputs;
+                    let digest = part_digest(tensors.iter().map(|tensor| {
+                        digests.remove(&tensor.name).expect("every tensor of a part comes before its end")
+                    }));
                     self.outbox.event(Event::Finished(PartRecord { part, digest, groups }))?;
                 }
             }

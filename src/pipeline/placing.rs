@@ -6,7 +6,9 @@ use std::path::{Path, PathBuf};
 use serde_json::{Map, json};
 
 use super::inventory::Inventory;
-use super::journal::{Fingerprint, History, JOURNAL, Journal, Observed, PartId, PartRecord};
+use super::journal::{
+    Fingerprint, History, JOURNAL, Journal, Observed, PartId, PartRecord, digest, part_digest,
+};
 use super::quantize::Options;
 use crate::checkpoint::{OutTensor, OutputDir, OutputFiles, Placement};
 use crate::cluster::Cluster;
@@ -106,7 +108,7 @@ fn prepare(
     })?;
     let mut whole = vec![];
     for record in records {
-        if digest(&files, inventory, record.part)? == record.digest {
+        if found(&files, inventory, record.part)? == record.digest {
             whole.push(record);
         }
     }
@@ -125,13 +127,11 @@ fn run_of(nonce: &str) -> &str {
     nonce.split(|c: char| !c.is_ascii_hexdigit()).next().unwrap_or_default()
 }
 
-/// blake3 of a part's bytes as they stand in the files.
-fn digest(files: &OutputFiles, inventory: &Inventory, part: PartId) -> Result<String> {
-    let mut hasher = blake3::Hasher::new();
-    for tensor in &inventory.part(part).outputs {
-        hasher.update(&files.read(&tensor.name)?);
-    }
-    Ok(hasher.finalize().to_hex().to_string())
+/// The digest of a part as it stands in the files.
+fn found(files: &OutputFiles, inventory: &Inventory, part: PartId) -> Result<String> {
+    let tensors = &inventory.part(part).outputs;
+    let digests = tensors.iter().map(|tensor| Ok(digest(&files.read(&tensor.name)?)));
+    Ok(part_digest(digests.collect::<Result<Vec<_>>>()?))
 }
 
 fn sees(partial: &Path, nonce: &str) -> bool {

@@ -1,11 +1,12 @@
 //! One rank's walk over its slice: hidden states in, layer by layer over a group of micro-batches, hidden states out;
 //! in a resumed run no more of it than its [`Routes`] say. One thread loads the next layer, one computes, one quantizes
-//! the layer before and another places it; one more copies what nothing is done to, and two move hidden states. A
+//! the layer before (or one that is still being passed, where codes depend on weights alone) and another places it; one more copies what nothing is done to, and two move hidden states. A
 //! streamed stage hands over one layer at a time, so at most three layers' weights exist; a resident one loads its whole
 //! slice ahead and keeps it until the last group has passed.
 
 use std::ops::Range;
 use std::panic::resume_unwind;
+use std::sync::Arc;
 use std::time::Instant;
 
 use crossbeam_channel::{Receiver, Sender, bounded};
@@ -111,8 +112,8 @@ impl<B: Solver> Stage<'_, B> {
             walked = self.walk(finisher, crossing)?;
         } else {
             for layer in self.slice.clone().filter(|&layer| !self.job.is_finished(PartId::Layer(layer))) {
-                let weights = self.load(layer)?;
-                send(finisher, Finished::Layer { layer, weights, inputs: Inputs::None })?;
+                let weights = Some(Arc::new(self.load(layer)?));
+                send(finisher, Finished::Max { layer, weights, inputs: Inputs::Unneeded })?;
             }
         }
         Ok(walked)

@@ -1,5 +1,8 @@
 //! What a sweep does besides computing.
 
+use std::collections::HashSet;
+use std::sync::Arc;
+
 use crossbeam_channel::{Sender, bounded};
 
 use super::finish::{Finished, Inputs};
@@ -17,16 +20,20 @@ pub trait Sweep<B: Solver> {
     fn observe(&mut self, layer: usize, micro_batch: usize, site: Site, x: &B::Tensor) -> Result<()>;
     /// Whether a layer is wanted when every micro-batch has passed it.
     fn completes(&self, layer: usize) -> bool;
-    /// Takes such a layer.
-    fn complete(&mut self, layer: usize, weights: LayerWeights<B::Tensor>) -> Result<()>;
+    /// May take the weights of a layer that some micro-batches are still to pass.
+    fn offer(&mut self, _layer: usize, _weights: &Arc<LayerWeights<B::Tensor>>) {}
+    /// Takes a wanted layer.
+    fn complete(&mut self, layer: usize, weights: Arc<LayerWeights<B::Tensor>>) -> Result<()>;
     /// Hears that layers before `layer` have seen the first `documents` documents.
     fn seen(&mut self, layer: usize, documents: usize) -> Result<()>;
 }
 
-/// Maximum by site; layers are finished as they come.
+/// Maximum by site. Weights are quantized whenever there is time, so that with the last micro-batch little is left.
 pub struct Maxima<'a, B: Solver> {
     stage: &'a Stage<'a, B>,
     amax: B::Amax,
+    /// Layers whose weights the finisher has.
+    given: HashSet<usize>,
     /// Documents that rank 0 has been told of, through the whole slice.
     told: usize,
     finisher: &'a Sender<Finished<B>>,
@@ -38,7 +45,7 @@ const NEWS: usize = 64;
 impl<'a, B: Solver> Maxima<'a, B> {
     pub fn new(stage: &'a Stage<'a, B>, finisher: &'a Sender<Finished<B>>) -> Result<Maxima<'a, B>> {
         let amax = stage.backend.amax(stage.slice.len() * Site::ALL.len())?;
-        Ok(Maxima { stage, amax, told: 0, finisher })
+        Ok(Maxima { stage, amax, given: HashSet::new(), told: 0, finisher })
     }
 
     /// `max |x|` by site of a layer, an earlier process's included, from all that were read.
@@ -63,9 +70,19 @@ impl<B: Solver> Sweep<B> for Maxima<'_, B> {
         !self.stage.job.is_finished(PartId::Layer(layer))
     }
 
-    fn complete(&mut self, layer: usize, weights: LayerWeights<B::Tensor>) -> Result<()> {
+    fn offer(&mut self, layer: usize, weights: &Arc<LayerWeights<B::Tensor>>) {
+        let wanted = <Self as Sweep<B>>::completes(self, layer) && !self.given.contains(&layer);
+        let weights = Some(weights.clone());
+        let offered = Finished::Max { layer, weights, inputs: Inputs::Unknown };
+        if wanted && self.finisher.try_send(offered).is_ok() {
+            self.given.insert(layer);
+        }
+    }
+
+    fn complete(&mut self, layer: usize, weights: Arc<LayerWeights<B::Tensor>>) -> Result<()> {
         let maxima = self.maxima(&self.stage.backend.read_amax(&self.amax)?, layer);
-        send(self.finisher, Finished::Layer { layer, weights, inputs: Inputs::Maxima(maxima.to_vec()) })
+        let weights = (!self.given.contains(&layer)).then_some(weights);
+        send(self.finisher, Finished::Max { layer, weights, inputs: Inputs::Maxima(maxima) })
     }
 
     fn seen(&mut self, layer: usize, documents: usize) -> Result<()> {
@@ -102,7 +119,7 @@ impl<B: Solver> Sweep<B> for Forward {
         false
     }
 
-    fn complete(&mut self, _: usize, _: LayerWeights<B::Tensor>) -> Result<()> {
+    fn complete(&mut self, _: usize, _: Arc<LayerWeights<B::Tensor>>) -> Result<()> {
         Ok(())
     }
 
@@ -143,12 +160,12 @@ impl<B: Solver> Sweep<B> for Statistics<'_, B> {
         !self.stage.job.is_finished(PartId::Layer(layer))
     }
 
-    fn complete(&mut self, layer: usize, weights: LayerWeights<B::Tensor>) -> Result<()> {
+    fn complete(&mut self, layer: usize, weights: Arc<LayerWeights<B::Tensor>>) -> Result<()> {
         let Some(sums) = self.sums.take() else { return Ok(()) };
         // One layer's statistics at a time: they are larger than its weights.
         let (solving, solved) = bounded(0);
-        let inputs = Inputs::Statistics(Box::new(self.gathering.finish(sums)?), solving);
-        send(self.finisher, Finished::Layer { layer, weights, inputs })?;
+        let statistics = Box::new(self.gathering.finish(sums)?);
+        send(self.finisher, Finished::Chosen { layer, weights, statistics, solving })?;
         let _ = solved.recv();
         Ok(())
     }

@@ -1,6 +1,7 @@
 //! Sweeps over a slice: groups of micro-batches through layer after layer.
 
 use std::collections::HashSet;
+use std::sync::Arc;
 use std::time::Instant;
 
 use crossbeam_channel::{Receiver, Sender, bounded};
@@ -163,7 +164,8 @@ impl<'a, B: Solver> Walk<'a, B> {
         let mut states = (0..in_memory)
             .map(|_| stage.backend.activation(self.most, stage.job.model.hidden))
             .collect::<Result<Vec<_>>>()?;
-        let mut resident: Vec<Option<LayerWeights<B::Tensor>>> = stage.slice.clone().map(|_| None).collect();
+        let mut resident: Vec<Option<Arc<LayerWeights<B::Tensor>>>> =
+            stage.slice.clone().map(|_| None).collect();
         let mut table = None;
         // The layer before which the group's hidden states were kept last.
         let mut since = 0;
@@ -171,13 +173,18 @@ impl<'a, B: Solver> Walk<'a, B> {
             let slot = visit.layer - stage.slice.start;
             let weights = match resident[slot].take() {
                 None if visit.needs_weights => {
-                    Some(loaded.recv().map_err(|_| Error::run("the loading thread ended early"))??)
+                    let loaded =
+                        loaded.recv().map_err(|_| Error::run("the loading thread ended early"))??;
+                    Some(Arc::new(loaded))
                 }
                 weights => weights,
             };
             if visit.begins_group {
                 since =
                     visit.enters(course.routes).map_or(0, |route| if route.kept { route.enter } else { 0 });
+            }
+            if let (Some(weights), false) = (&weights, visit.completes) {
+                sweep.offer(visit.layer, weights);
             }
             let (mut before, mut behind) = self.open(course, visit, since);
             let mut passing = vec![];

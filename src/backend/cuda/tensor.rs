@@ -19,7 +19,8 @@ pub struct Tensor {
     /// Elements of a row.
     pub cols: usize,
     data: CudaSlice<u8>,
-    /// For weights, which are freed on another stream than they are used on: their last use.
+    /// For weights, which are freed on another stream than they are used on: their last use by the forward pass. The
+    /// finishing thread is done with them before it lets go.
     last_use: Option<LastUse>,
 }
 
