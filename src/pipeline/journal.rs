@@ -62,7 +62,7 @@ pub enum PartId {
 pub struct PartRecord {
     /// Which part.
     pub part: PartId,
-    /// See [`part_digest`].
+    /// blake3 of the blake3 digests of its output tensors, in the inventory's order.
     pub digest: String,
     /// What was measured of its fused groups.
     pub groups: Vec<GroupRecord>,
