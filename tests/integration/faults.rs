@@ -2,26 +2,14 @@
 
 use std::fs;
 use std::process::Command;
-use std::sync::OnceLock;
 use std::thread::sleep;
 use std::time::{Duration, Instant};
 
 use crate::support::{Distq, Scene, digests, listens_to_the_end, signal};
 
-/// A scene whose run takes long enough to be caught in the middle: about four seconds of one thread, however
-/// fast the processor is.
+/// A scene whose run takes long enough to be caught in the middle.
 fn scene() -> Scene {
-    static TIMES: OnceLock<usize> = OnceLock::new();
-    let times = *TIMES.get_or_init(|| {
-        let (scene, times) = (Scene::new(), 100);
-        scene.repeat_calib(times);
-        let started = Instant::now();
-        quantize(&scene, "out").succeed();
-        (4.0 * times as f64 / started.elapsed().as_secs_f64()) as usize
-    });
-    let scene = Scene::new();
-    scene.repeat_calib(times.max(100));
-    scene
+    Scene::lasting(4.0)
 }
 
 fn quantize(scene: &Scene, out: &str) -> Distq {

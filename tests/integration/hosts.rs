@@ -32,7 +32,5 @@ fn hosts_that_share_only_a_network_give_the_files_of_one_rank() {
 
 #[test]
 fn a_link_that_goes_down_at_any_time_ends_the_job_by_name() {
-    let scene = Scene::new();
-    scene.repeat_calib(1500);
-    script("links", &scene, 600);
+    script("links", &Scene::lasting(8.0), 600);
 }

@@ -75,8 +75,24 @@ impl Scene {
         self.path("calib.jsonl")
     }
 
+    /// One with so many calibration documents that one thread passes them in about so many seconds, however fast the
+    /// processor is.
+    pub fn lasting(seconds: f64) -> Scene {
+        static TIMES_A_SECOND: OnceLock<f64> = OnceLock::new();
+        let times_a_second = TIMES_A_SECOND.get_or_init(|| {
+            let (scene, times) = (Scene::new(), 100);
+            scene.repeat_calib(times);
+            let started = Instant::now();
+            scene.quantize("out").args(["--method", "max", "--calib-samples", "100000"]).succeed();
+            times as f64 / started.elapsed().as_secs_f64()
+        });
+        let scene = Scene::new();
+        scene.repeat_calib((seconds * times_a_second).ceil() as usize);
+        scene
+    }
+
     /// More calibration documents, the same ones again and again: the run takes longer.
-    pub fn repeat_calib(&self, times: usize) {
+    fn repeat_calib(&self, times: usize) {
         let few = fs::read_to_string(self.calib()).unwrap();
         fs::write(self.calib(), few.repeat(times)).unwrap();
     }
