@@ -93,6 +93,9 @@ pub fn abort(code: i32) -> ! {
     if launch().is_some() { transport::abort(code) } else { std::process::exit(code) }
 }
 
+const NO_THREAD: &str = "out of memory, or of threads that the system allows (ulimit -u, a container's pids.max): it gives \
+                         no more; free some, give this rank fewer layers or less --memory-per-rank, then use --resume";
+
 /// A rank that panics would otherwise wait for ever in MPI's finalisation, and the others for it.
 pub(super) fn install_panic_hook(cluster: &Cluster) {
     let who = cluster.place("");
@@ -100,10 +103,12 @@ pub(super) fn install_panic_hook(cluster: &Cluster) {
         let text = info.to_string();
         // The standard library panics where there is no memory for a thread, or no thread.
         if text.contains("Cannot allocate memory") || text.contains("failed to spawn thread") {
-            last_words::end(
-                "out of memory: the system gives none for another thread; free some, give this rank fewer layers or \
-                 less --memory-per-rank, then use --resume",
-            );
+            if std::thread::current().name() != Some("main") {
+                last_words::end(NO_THREAD);
+            }
+            // Last words are for the main thread to pass on, which this is.
+            say(&format!("{who}{NO_THREAD}"));
+            abort(ExitCode::Run as i32);
         }
         say(&format!("{who}internal error: {text}; please report it with the command that led here"));
         abort(ExitCode::Run as i32);

@@ -58,8 +58,9 @@ impl<B: Solver> Stage<'_, B> {
         let started = Instant::now();
         std::thread::scope(|scope| {
             let (backend, job, outbox, timeline) = (self.backend, self.job, &self.outbox, self.timeline);
-            // Statistics are larger than weights: of them, no more than one layer may wait.
-            let waiting = if job.method.needs_statistics() { 0 } else { self.ahead() };
+            // Statistics are larger than weights: of them, no more than one layer may wait. Otherwise a layer's weights
+            // and its maxima may come one after the other.
+            let waiting = if job.method.needs_statistics() { 0 } else { 2 * self.ahead() };
             let (to_finisher, finished) = bounded(waiting);
             let finishing =
                 scope.spawn(move || finish(backend, job, files, outbox.clone(), timeline, &finished));
@@ -160,5 +161,10 @@ impl<B: Solver> Stage<'_, B> {
 }
 
 pub(super) fn send<B: Solver>(finisher: &Sender<Finished<B>>, part: Finished<B>) -> Result<()> {
-    finisher.send(part).map_err(|_| Error::run("the quantizing thread ended early"))
+    finisher.send(part).map_err(|_| finisher_ended())
+}
+
+/// The thread that quantizes says why itself.
+pub(super) fn finisher_ended() -> Error {
+    Error::run("the quantizing thread ended early")
 }

@@ -3,16 +3,17 @@
 use std::collections::HashSet;
 use std::sync::Arc;
 
-use crossbeam_channel::{Sender, bounded};
+use crossbeam_channel::{Sender, TrySendError, bounded};
 
 use super::finish::{Finished, Inputs};
 use super::journal::{Observed, PartId};
 use super::messages::Event;
-use super::stage::{Stage, send};
+use super::stage::{Stage, finisher_ended, send};
 use super::statistics::{Gathering, LayerSums};
 use crate::backend::Solver;
 use crate::error::Result;
 use crate::model::{LayerWeights, Site};
+use crate::planner::Mode;
 
 /// A sweep over a stage's slice.
 pub trait Sweep<B: Solver> {
@@ -21,7 +22,9 @@ pub trait Sweep<B: Solver> {
     /// Whether a layer is wanted when every micro-batch has passed it.
     fn completes(&self, layer: usize) -> bool;
     /// May take the weights of a layer that some micro-batches are still to pass.
-    fn offer(&mut self, _layer: usize, _weights: &Arc<LayerWeights<B::Tensor>>) {}
+    fn offer(&mut self, _layer: usize, _weights: &Arc<LayerWeights<B::Tensor>>) -> Result<()> {
+        Ok(())
+    }
     /// Takes a wanted layer.
     fn complete(&mut self, layer: usize, weights: Arc<LayerWeights<B::Tensor>>) -> Result<()>;
     /// Hears that layers before `layer` have seen the first `documents` documents.
@@ -70,13 +73,20 @@ impl<B: Solver> Sweep<B> for Maxima<'_, B> {
         !self.stage.job.is_finished(PartId::Layer(layer))
     }
 
-    fn offer(&mut self, layer: usize, weights: &Arc<LayerWeights<B::Tensor>>) {
-        let wanted = <Self as Sweep<B>>::completes(self, layer) && !self.given.contains(&layer);
-        let weights = Some(weights.clone());
-        let offered = Finished::Max { layer, weights, inputs: Inputs::Unknown };
-        if wanted && self.finisher.try_send(offered).is_ok() {
-            self.given.insert(layer);
+    fn offer(&mut self, layer: usize, weights: &Arc<LayerWeights<B::Tensor>>) -> Result<()> {
+        let Stage { mode, slice, .. } = self.stage;
+        // While the first stage embeds another group there is no room for the layer that the finisher would have.
+        let room = *mode == Mode::Resident || slice.start > 0;
+        if !room || !<Self as Sweep<B>>::completes(self, layer) || self.given.contains(&layer) {
+            return Ok(());
         }
+        let weights = Some(weights.clone());
+        match self.finisher.try_send(Finished::Max { layer, weights, inputs: Inputs::Unknown }) {
+            Ok(()) => self.given.insert(layer),
+            Err(TrySendError::Full(_)) => false,
+            Err(TrySendError::Disconnected(_)) => return Err(finisher_ended()),
+        };
+        Ok(())
     }
 
     fn complete(&mut self, layer: usize, weights: Arc<LayerWeights<B::Tensor>>) -> Result<()> {

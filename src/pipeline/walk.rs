@@ -184,7 +184,7 @@ impl<'a, B: Solver> Walk<'a, B> {
                     visit.enters(course.routes).map_or(0, |route| if route.kept { route.enter } else { 0 });
             }
             if let (Some(weights), false) = (&weights, visit.completes) {
-                sweep.offer(visit.layer, weights);
+                sweep.offer(visit.layer, weights)?;
             }
             let (mut before, mut behind) = self.open(course, visit, since);
             let mut passing = vec![];

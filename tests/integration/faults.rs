@@ -45,9 +45,9 @@ fn signals_end_a_run_alone_with_exit_code_5() {
 
 #[test]
 fn a_signal_to_the_launcher_ends_all_ranks_with_one_message() {
-    let scene = scene();
-    let run = quantize(&scene, "out").ranks(3).start();
     // The launcher takes its time to pass a signal on.
+    let scene = Scene::lasting(12.0);
+    let run = quantize(&scene, "out").ranks(3).start();
     scene.until_finished(0, &run);
     signal("-TERM", run.pid());
     let ended = run.wait();

@@ -111,7 +111,7 @@ impl Tensor {
         Ok(Tensor { rows, cols, data, last_use })
     }
 
-    /// The address, for an operation on the forward pass's stream, which first waits for an upload.
+    /// The address, for an operation on the forward pass's stream.
     pub(super) fn pointer(&self, cuda: &Cuda) -> u64 {
         self.data.device_ptr(&cuda.stream).0
     }
