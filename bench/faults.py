@@ -107,6 +107,7 @@ def main(kills):
             resume = ["--resume"] if Path(f"{out}.partial/distq-journal.jsonl").exists() else ["--overwrite"]
             done = quiet(command(out, 1 + number % 3, *resume))
             equal[hit] += done.returncode == 0 and digests(out) == wanted
+        print(f"kill {sum(tried.values())}: {hit}; {sum(equal.values())} to the same bytes", file=sys.stderr, flush=True)
         shutil.rmtree(out, ignore_errors=True)
         shutil.rmtree(f"{out}.partial", ignore_errors=True)
 

@@ -1,13 +1,15 @@
 """distq on GPUs, on random checkpoints of large shapes, beside the peers where their packages are importable.
 
     python3 bench/large.py SCRATCH [--distq PATH] [--shape 123b] [--layers 8] [--runs 3] [--method max]
-                           [--ranks 1,2] [--peers]
+                           [--ranks 1,2] [--memory-per-rank 15GiB] [--repeat 8] [--peers]
 
 Needs torch and safetensors; no network. Without a network the peers come from a folder of wheels, installed
 beforehand: `pip install --no-index --find-links WHEELS nvidia-modelopt llmcompressor`. The checkpoint is made in
 SCRATCH and stays in the page cache. Times are whole processes; for the peers also without their imports (loading,
 calibrating and exporting, as their runners tell). Idle is the share of the time from the first layer's first
-micro-batch to the last layer's last in which the card computes nothing, by its own clock. Prints a table.
+micro-batch to the last layer's last in which the card computes nothing, by its own clock; passing is the time from
+the first rank's first micro-batch to the last one's last. `--repeat` walks the 256 documents so many times. Prints a
+table.
 """
 
 import argparse
@@ -47,7 +49,12 @@ class Memory:
 
 def distq(args, model: Path, out: Path, ranks: int) -> dict:
     report = out.with_suffix(".json")
-    command = [args.distq, "quantize", model, out, "--method", args.method, "--calib", model / "calib.jsonl", "--report", report, "-q"]
+    calib = out.with_suffix(".jsonl")
+    calib.write_text((model / "calib.jsonl").read_text() * args.repeat)
+    command = [args.distq, "quantize", model, out, "--method", args.method, "--report", report, "-q"]
+    command += ["--calib", calib, "--calib-samples", 256 * args.repeat]
+    if args.memory_per_rank:
+        command += ["--memory-per-rank", args.memory_per_rank]
     if ranks > 1:
         command = ["mpirun", "-np", str(ranks), *command]
     environment = {**os.environ, "OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1"}
@@ -56,17 +63,23 @@ def distq(args, model: Path, out: Path, ranks: int) -> dict:
         subprocess.run([str(part) for part in command], env=environment, check=True)
     wall = time.monotonic() - started
     told = json.loads(report.read_text())
-    idle = []
-    for rank in told["ranks"]:
-        bars = [bar for bar in rank["timeline"] if bar["work"] == "compute"]
+    idle, computed = [], [[bar for bar in rank["timeline"] if bar["work"] == "compute"] for rank in told["ranks"]]
+    for bars in computed:
         busy = sum(bar["end"] - bar["start"] for bar in bars)
         idle.append(1 - busy / (bars[-1]["end"] - bars[0]["start"]))
     return {
         "wall": wall, "card": memory.peak, "host": max(rank["peak_resident"] for rank in told["ranks"]) / 2**30,
         "phases": {name: round(seconds, 2) for name, seconds in told["seconds"].items()},
+        "passing": max(bars[-1]["end"] for bars in computed) - min(bars[0]["start"] for bars in computed),
+        "loading": [round(statistics.median(load(rank)), 3) for rank in told["ranks"]],
         "whole": wall, "idle": [round(share, 3) for share in idle],
         "modes": [(stage["mode"], stage["group"]) for stage in told["plan"]["stages"]],
     }
+
+
+def load(rank: dict) -> list[float]:
+    """Seconds that each loading of a layer took."""
+    return [bar["end"] - bar["start"] for bar in rank["timeline"] if bar["work"] == "load"]
 
 
 def peer(script: str, model: Path, out: Path) -> dict:
@@ -91,6 +104,8 @@ def main() -> None:
     parser.add_argument("--runs", type=int, default=3)
     parser.add_argument("--method", default="max")
     parser.add_argument("--ranks", default="1", type=lambda text: [int(ranks) for ranks in text.split(",")])
+    parser.add_argument("--memory-per-rank")
+    parser.add_argument("--repeat", type=int, default=1)
     parser.add_argument("--peers", action="store_true")
     args = parser.parse_args()
     model = args.scratch / f"{args.shape}-{args.layers}"
@@ -118,19 +133,21 @@ def main() -> None:
             shutil.rmtree(out, ignore_errors=True)
             rows.append((name, [peer(script, model, out)]))
             print("   ", rows[-1][1], flush=True)
-    print("| program | wall, s | spread | with imports, s | card, GiB | walk, s | card idle |\n|---|---|---|---|---|---|---|")
+    print("| program | wall, s | spread | with imports, s | card, GiB | walk, s | passing, s | card idle |\n|---|---|---|---|---|---|---|---|")
     for name, results in rows:
         if "failed" in results[0]:
-            print(f"| {name} | failed: {results[0]['failed']} | | | | | |")
+            print(f"| {name} | failed: {results[0]['failed']} | | | | | | |")
             continue
         walls = [result["wall"] for result in results]
         walks = [result["phases"]["walk"] for result in results if isinstance(result["phases"], dict)]
         walk = f"{statistics.median(walks):.2f}" if walks else ""
+        passing = [result["passing"] for result in results if "passing" in result]
+        passed = f"{statistics.median(passing):.2f}" if passing else ""
         card = max(result["card"] for result in results)
         whole = statistics.median(result["whole"] for result in results)
         idle = max((share for result in results for share in result.get("idle", [])), default=None)
         print(f"| {name} | {statistics.median(walls):.2f} | {min(walls):.2f} to {max(walls):.2f} | {whole:.2f} "
-              f"| {card:.1f} | {walk} | {'' if idle is None else f'{idle:.1%}'} |")
+              f"| {card:.1f} | {walk} | {passed} | {'' if idle is None else f'{idle:.1%}'} |")
 
 
 if __name__ == "__main__":

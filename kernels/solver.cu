@@ -160,11 +160,13 @@ extern "C" __global__ void quantize_searched(const float *w, const float *import
     scales[block] = scale;
 }
 
-// The lower triangle of h + lambda * I, rows and columns in order.
+// The lower triangle of h + lambda * I, rows and columns in order, and zeros above it: products over whole stripes of
+// the factor read them.
 extern "C" __global__ void damped(const float *h, const u32 *order, int n, float lambda, float *out) {
     int column = blockIdx.x * blockDim.x + threadIdx.x, row = blockIdx.y;
-    if (column > row) return;
-    out[(u64)row * n + column] = h[(u64)order[row] * n + order[column]] + (row == column ? lambda : 0.0f);
+    if (column >= n) return;
+    float x = column > row ? 0.0f : h[(u64)order[row] * n + order[column]];
+    out[(u64)row * n + column] = row == column ? x + lambda : x;
 }
 
 // Factors the diagonal tile at `first` in place, and writes the inverse of its factor, [width][width]. A pivot that is

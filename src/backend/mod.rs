@@ -19,6 +19,8 @@ pub use solver::{Columns, Solver};
 use std::fmt;
 use std::str::FromStr;
 
+use safetensors::Dtype;
+
 use crate::checkpoint::SourceTensor;
 use crate::error::{Error, Result};
 
@@ -54,11 +56,19 @@ impl fmt::Display for Compute {
 }
 
 impl Compute {
-    /// Bytes of one activation.
+    /// Bytes of an activation's element.
     pub fn bytes(self) -> usize {
         match self {
             Compute::Bf16 => 2,
             Compute::F32 => 4,
+        }
+    }
+
+    /// An activation's element, as files name it.
+    pub fn dtype(self) -> Dtype {
+        match self {
+            Compute::Bf16 => Dtype::BF16,
+            Compute::F32 => Dtype::F32,
         }
     }
 }

@@ -33,8 +33,12 @@ use pulse::Pulse;
 use transport::Transport;
 
 /// Launchers start ranks one after another: MPI gets this long to bring them together, however short the time after
-/// which a rank counts as silent.
+/// which a rank counts as silent, and as long again for every so many ranks.
 const BEGINNING: Duration = Duration::from_secs(60);
+const RANKS_TO_BEGIN: u32 = 64;
+/// All ranks find out at once that MPI does not start, and can't tell each other: rank 0 says it, and the others only
+/// where it is not there to.
+const FIRST_WORD: Duration = Duration::from_secs(10);
 
 /// This rank's view of the job.
 pub struct Cluster {
@@ -67,7 +71,9 @@ impl Cluster {
             Some(launch) => {
                 let late = "MPI did not start: the ranks don't find each other; see TROUBLESHOOTING.md";
                 let late = format!("rank {} ({host}): {late}", launch.rank);
-                let _in_time = fail::within(silence.max(BEGINNING), late, ExitCode::Run as i32);
+                let beginning = BEGINNING * (1 + launch.size.unwrap_or(1) as u32 / RANKS_TO_BEGIN);
+                let others = if launch.rank == 0 { Duration::ZERO } else { FIRST_WORD };
+                let _in_time = fail::within(silence.max(beginning) + others, late, ExitCode::Run as i32);
                 let transport = Transport::start()?;
                 let (rank, size) = (transport.rank(), transport.size());
                 if size == 1 && launch.size.is_some_and(|expected| expected > 1) {

@@ -2,10 +2,12 @@
 
 use std::sync::Mutex;
 
+use super::worker::CHANNEL;
+
 static BUFFERS: Mutex<Vec<Vec<u8>>> = Mutex::new(Vec::new());
 
-/// Buffers that are kept: a few messages of each direction.
-const KEPT: usize = 4;
+/// Buffers that are kept: what a burst of messages, as many as may wait in each direction, has used at once.
+const KEPT: usize = 2 * CHANNEL;
 
 /// Bytes from which a buffer is worth keeping.
 const LARGE: usize = 1 << 20;

@@ -2,6 +2,7 @@
 //! Knows ranks, parts and the journal; not how numbers are chosen.
 
 mod crossing;
+mod embedding;
 mod finish;
 #[cfg(test)]
 mod fold_tests;

@@ -12,6 +12,7 @@ use std::time::Instant;
 use crossbeam_channel::{Receiver, Sender, bounded};
 
 use super::crossing::{Crossing, WAITING, arrivals, departures};
+use super::embedding::embed;
 use super::finish::{Finished, Inputs, finish};
 use super::job::Job;
 use super::journal::PartId;
@@ -70,7 +71,11 @@ impl<B: Solver> Stage<'_, B> {
             let (to_walk, arrived) = bounded(WAITING);
             let (walking, ended) = bounded(0);
             let (incoming, hidden) = (self.incoming.clone(), job.model.hidden);
-            scope.spawn(move || arrivals(backend, hidden, &incoming, &to_walk, &ended));
+            let (first, routes) = (self.slice.start == 0, self.routes);
+            scope.spawn(move || match first {
+                true => embed(backend, job, routes, &to_walk, &ended),
+                false => arrivals(backend, hidden, &incoming, &to_walk, &ended),
+            });
             let (departing, leaving) = bounded(WAITING);
             let departures = scope.spawn(move || departures(backend, outbox, &leaving));
 
@@ -123,23 +128,6 @@ impl<B: Solver> Stage<'_, B> {
     pub(super) fn load(&self, layer: usize) -> Result<LayerWeights<B::Tensor>> {
         let source = |name: &str| self.job.checkpoint.tensor(name);
         LayerWeights::load(self.backend, &self.job.model, layer, &source)
-    }
-
-    /// Embeds a micro-batch, on the first stage, and leaves the embedding in `table`.
-    pub(super) fn embed(
-        &self,
-        ids: &B::Index,
-        state: &mut B::Tensor,
-        table: &mut Option<B::Tensor>,
-    ) -> Result<()> {
-        let job = self.job;
-        let here = match table.take() {
-            Some(here) => here,
-            None => self.backend.load(&job.checkpoint.tensor(&job.model.embedding().name)?)?,
-        };
-        self.backend.embed(&here, ids, state)?;
-        *table = Some(here);
-        Ok(())
     }
 
     /// Walks micro-batches through the slice. Methods that need all of a layer's statistics can't finish a layer while

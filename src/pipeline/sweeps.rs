@@ -74,10 +74,9 @@ impl<B: Solver> Sweep<B> for Maxima<'_, B> {
     }
 
     fn offer(&mut self, layer: usize, weights: &Arc<LayerWeights<B::Tensor>>) -> Result<()> {
-        let Stage { mode, slice, .. } = self.stage;
-        // While the first stage embeds another group there is no room for the layer that the finisher would have.
-        let room = *mode == Mode::Resident || slice.start > 0;
-        if !room || !<Self as Sweep<B>>::completes(self, layer) || self.given.contains(&layer) {
+        // Elsewhere there is no room for the layer that the finisher would have.
+        let stays = self.stage.mode == Mode::Resident;
+        if !stays || !<Self as Sweep<B>>::completes(self, layer) || self.given.contains(&layer) {
             return Ok(());
         }
         let weights = Some(weights.clone());

@@ -4,7 +4,7 @@ use std::collections::HashSet;
 use std::sync::Arc;
 use std::time::Instant;
 
-use crossbeam_channel::{Receiver, Sender, bounded};
+use crossbeam_channel::{Receiver, Select, Sender, TryRecvError, bounded};
 
 use super::crossing::Crossing;
 use super::finish::Finished;
@@ -26,9 +26,6 @@ pub struct Walk<'a, B: Solver> {
     crossing: Crossing<B>,
     decoder: Decoder<'a, B>,
     batches: Vec<Batch<B>>,
-    /// Token ids by micro-batch, on the first stage. All at once: a GPU takes such a list only when it has nothing else
-    /// to do.
-    ids: Vec<B::Index>,
     /// Tokens of the largest micro-batch.
     most: usize,
     keeper: Keeper<'a>,
@@ -46,8 +43,11 @@ pub struct Walk<'a, B: Solver> {
     pub passes: u64,
 }
 
-/// A layer's weights as the loading thread hands them over.
-type Loaded<B> = Receiver<Result<LayerWeights<<B as Backend>::Tensor>>>;
+/// Layers and their weights as the loading thread hands them over.
+type Loaded<B> = Receiver<Result<(usize, LayerWeights<<B as Backend>::Tensor>)>>;
+
+/// Weights of a slice that stay loaded.
+type Resident<B> = Vec<Option<Arc<LayerWeights<<B as Backend>::Tensor>>>>;
 
 /// A micro-batch through a layer.
 struct Pass<M> {
@@ -76,8 +76,6 @@ impl<'a, B: Solver> Walk<'a, B> {
             .iter()
             .map(|mb| decoder.batch(&table, mb.samples.start, &job.lengths[mb.samples.clone()]))
             .collect::<Result<_>>()?;
-        let embedded = if stage.slice.start == 0 { 0..batches.len() } else { 0..0 };
-        let ids = embedded.map(|i| stage.backend.index(job.ids_of(i))).collect::<Result<_>>()?;
         let most = batches.iter().map(|batch| batch.tokens).max().unwrap_or(0);
         let captured = batches.iter().map(|_| None).collect();
         let keeper = Keeper::new(stage.states, job);
@@ -88,7 +86,6 @@ impl<'a, B: Solver> Walk<'a, B> {
             crossing,
             decoder,
             batches,
-            ids,
             most,
             keeper,
             captured,
@@ -142,7 +139,7 @@ impl<'a, B: Solver> Walk<'a, B> {
                     let start = stage.timeline.now();
                     let weights = stage.load(layer);
                     stage.timeline.note(Work::Load, layer, 0, start, stage.timeline.now());
-                    if to_walk.send(weights).is_err() {
+                    if to_walk.send(weights.map(|weights| (layer, weights))).is_err() {
                         break; // the walk has failed and says why
                     }
                 }
@@ -164,18 +161,22 @@ impl<'a, B: Solver> Walk<'a, B> {
         let mut states = (0..in_memory)
             .map(|_| stage.backend.activation(self.most, stage.job.model.hidden))
             .collect::<Result<Vec<_>>>()?;
-        let mut resident: Vec<Option<Arc<LayerWeights<B::Tensor>>>> =
-            stage.slice.clone().map(|_| None).collect();
-        let mut table = None;
+        let mut resident: Resident<B> = stage.slice.clone().map(|_| None).collect();
+        let waits =
+            visits.first().and_then(|visit| visit.enters(course.routes)).is_some_and(|route| !route.kept);
+        if stage.mode == Mode::Resident && stage.slice.start > 0 && waits {
+            self.offer_ahead(loaded, &mut resident, sweep)?;
+        }
+        // What the device is still computing with: given back before, it would hold up the next layer's loading.
+        let mut in_use = None;
         // The layer before which the group's hidden states were kept last.
         let mut since = 0;
         for visit in visits {
             let slot = visit.layer - stage.slice.start;
             let weights = match resident[slot].take() {
                 None if visit.needs_weights => {
-                    let loaded =
-                        loaded.recv().map_err(|_| Error::run("the loading thread ended early"))??;
-                    Some(Arc::new(loaded))
+                    let loaded = loaded.recv().map_err(|_| Error::run("the loading thread ended early"))?;
+                    Some(Arc::new(loaded?.1))
                 }
                 weights => weights,
             };
@@ -183,7 +184,8 @@ impl<'a, B: Solver> Walk<'a, B> {
                 since =
                     visit.enters(course.routes).map_or(0, |route| if route.kept { route.enter } else { 0 });
             }
-            if let (Some(weights), false) = (&weights, visit.completes) {
+            // The stages behind wait for the first group: nothing is done beside it that may be done later.
+            if let (Some(weights), false) = (&weights, visit.completes || visit.group.start == 0) {
                 sweep.offer(visit.layer, weights)?;
             }
             let (mut before, mut behind) = self.open(course, visit, since);
@@ -191,7 +193,7 @@ impl<'a, B: Solver> Walk<'a, B> {
             let kept = behind.any();
             for &i in &visit.micro_batches {
                 let state = &mut states[i % in_memory];
-                self.bring(course, visit.layer, i, state, &mut table)?;
+                self.bring(course, visit.layer, i, state)?;
                 self.keep(course, &mut before, i, state)?;
                 let route = visit.route(course.routes, i);
                 if let (true, Some(weights)) = (route.passes(visit.layer), &weights) {
@@ -212,18 +214,16 @@ impl<'a, B: Solver> Walk<'a, B> {
             // Those of the visit before: while the device passes them, it has been given this one's already.
             let passed = std::mem::replace(&mut self.passing, passing);
             self.note(passed)?;
-            if stage.mode != Mode::Resident {
-                table = None;
-            }
             let documents = |i: usize| stage.job.micro_batches[i].samples.end;
             if kept {
                 since = visit.layer + 1;
                 sweep.seen(since, documents(visit.group.end - 1))?;
             }
+            drop(in_use.take());
             match weights {
                 Some(weights) if visit.completes => sweep.complete(visit.layer, weights)?,
                 weights if stage.mode == Mode::Resident && !visit.last_group => resident[slot] = weights,
-                _ => {}
+                weights => in_use = weights,
             }
             if visit.ends_group {
                 sweep.seen(stage.slice.end, documents(visit.group.end - 1))?;
@@ -231,6 +231,30 @@ impl<'a, B: Solver> Walk<'a, B> {
         }
         let passed = std::mem::take(&mut self.passing);
         self.note(passed)
+    }
+
+    /// Offers layers as they are loaded, until the first hidden states are here: there is nothing else to do.
+    fn offer_ahead(
+        &self,
+        loaded: &Loaded<B>,
+        resident: &mut Resident<B>,
+        sweep: &mut dyn Sweep<B>,
+    ) -> Result<()> {
+        let mut either = Select::new();
+        let hidden = either.recv(&self.crossing.arrived);
+        either.recv(loaded);
+        while either.ready() != hidden {
+            match loaded.try_recv() {
+                Ok(next) => {
+                    let (layer, weights) = next?;
+                    let weights = resident[layer - self.stage.slice.start].insert(Arc::new(weights));
+                    sweep.offer(layer, weights)?;
+                }
+                Err(TryRecvError::Empty) => {}
+                Err(TryRecvError::Disconnected) => break,
+            }
+        }
+        Ok(())
     }
 
     /// Notes passes on the timeline.
@@ -265,23 +289,13 @@ impl<'a, B: Solver> Walk<'a, B> {
     }
 
     /// Brings the hidden states of a micro-batch to a layer, where they are not there from the layer before.
-    fn bring(
-        &mut self,
-        course: Course<'a>,
-        layer: usize,
-        i: usize,
-        state: &mut B::Tensor,
-        table: &mut Option<B::Tensor>,
-    ) -> Result<()> {
+    fn bring(&mut self, course: Course<'a>, layer: usize, i: usize, state: &mut B::Tensor) -> Result<()> {
         let (stage, route) = (self.stage, course.routes[i].as_ref().expect("visits are of routes"));
         if route.enter < layer && stage.mode != Mode::Spilled {
             return Ok(());
         }
         stage.backend.set_rows(state, self.batches[i].tokens);
         if route.enter == layer && !route.kept {
-            if stage.slice.start == 0 {
-                return stage.embed(&self.ids[i], state, table);
-            }
             let started = Instant::now();
             self.crossing.enter(stage.backend, i, state)?;
             self.waited += started.elapsed().as_secs_f64();

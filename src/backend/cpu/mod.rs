@@ -141,15 +141,17 @@ impl Cpu {
         self.pool.install(|| attention::attention(q, k, v, bounds, heads, scale, window, out));
     }
 
-    fn embed_as<T: Scalar>(table: &Tensor, ids: &[u32], out: &mut Tensor) {
+    fn embed_as<T: Scalar>(&self, table: &Tensor, ids: &[u32], out: &mut Tensor) {
         let cols = table.cols;
-        for (out, &id) in T::of_mut(out).chunks_exact_mut(cols).zip(ids) {
+        let row = |(out, &id): (&mut [T], &u32)| {
             let at = id as usize * cols..(id as usize + 1) * cols;
             match table.view() {
                 View::Bf16(table) => out.iter_mut().zip(&table[at]).for_each(|(o, x)| *o = T::round(x.get())),
                 View::F32(table) => out.iter_mut().zip(&table[at]).for_each(|(o, x)| *o = T::round(*x)),
             }
-        }
+        };
+        let rows = T::of_mut(out).par_chunks_exact_mut(cols).zip(ids.par_iter());
+        self.pool.install(|| rows.with_min_len(16).for_each(row));
     }
 
     fn quantize_as<E: nvfp4::Element>(
@@ -264,10 +266,7 @@ impl Backend for Cpu {
     }
 
     fn embed(&self, table: &Tensor, ids: &Vec<u32>, out: &mut Tensor) -> Result<()> {
-        match self.compute {
-            Compute::Bf16 => Cpu::embed_as::<bf16>(table, ids, out),
-            Compute::F32 => Cpu::embed_as::<f32>(table, ids, out),
-        }
+        as_compute!(self, embed_as(table, ids, out));
         Ok(())
     }
 

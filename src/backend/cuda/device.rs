@@ -16,6 +16,9 @@ use super::staging::Staging;
 use crate::backend::Compute;
 use crate::error::{Error, Result};
 
+/// Threads that copy between ordinary memory and what is locked for the bus: enough to keep it at its rate.
+const COPIERS: usize = 8;
+
 /// The CUDA backend on one GPU.
 pub struct Cuda {
     pub(super) compute: Compute,
@@ -138,7 +141,10 @@ impl Cuda {
         let processors = context
             .attribute(sys::CUdevice_attribute_enum::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT)
             .map_err(open)?;
-        let [uploads, downloads, codes] = [(); 3].map(|()| Staging::new(&context));
+        let copiers =
+            rayon::ThreadPoolBuilder::new().num_threads(rayon::current_num_threads().min(COPIERS)).build();
+        let copiers = Arc::new(copiers.map_err(|e| Error::run(format!("can't start a thread: {e}")))?);
+        let [uploads, downloads, codes] = [(); 3].map(|()| Staging::new(&context, &copiers));
         let rounding = Mutex::new(Rounding::new(&finishing).map_err(open)?);
         let compiled = compiling.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))?;
         Ok(Cuda {

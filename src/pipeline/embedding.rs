@@ -1,0 +1,79 @@
+//! The first stage's hidden states: rows of the embedding, gathered by the host, on a thread of their own. They come to
+//! the walk as those of another stage would, so a card needs room for rows, not for the table.
+
+use std::convert::Infallible;
+
+use crossbeam_channel::{Receiver, Sender, select};
+use rayon::ThreadPool;
+use rayon::prelude::*;
+
+use super::crossing::Arrived;
+use super::job::Job;
+use super::routes::{Route, Routes};
+use crate::backend::{Backend, Compute};
+use crate::checkpoint::{SourceTensor, narrow, widen};
+use crate::error::{Error, Result};
+
+/// Threads that gather: rows come out of memory faster than a layer passes them. In the common pool they would wait
+/// until others have written to their disks.
+const GATHERING: usize = 4;
+
+/// Embeds every micro-batch that begins with its tokens, in the order in which the walk asks, until it has ended.
+pub fn embed<B: Backend>(
+    backend: &B,
+    job: &Job,
+    routes: &Routes,
+    walk: &Sender<Arrived<B::Tensor>>,
+    ended: &Receiver<Infallible>,
+) {
+    let begins = |route: &Option<Route>| route.as_ref().is_some_and(|route| route.enter == 0 && !route.kept);
+    let sweeps = routes.forward.iter().enumerate().chain(routes.own.iter().enumerate());
+    let mut entering = sweeps.filter(|(_, route)| begins(route)).map(|(i, _)| i).peekable();
+    if entering.peek().is_none() {
+        return;
+    }
+    let mut gather = Gather::new(job);
+    for micro_batch in entering {
+        let rows = match &mut gather {
+            Ok(gather) => gather.rows(job.ids_of(micro_batch), backend.compute()),
+            Err(error) => Err(error.clone()),
+        };
+        let embedded = rows.and_then(|rows| backend.arrived(rows, job.model.hidden));
+        select! {
+            send(walk, embedded.map(|states| (micro_batch, states))) -> sent => if sent.is_err() { return },
+            recv(ended) -> _ => return,
+        }
+    }
+}
+
+/// The embedding where it is mapped, and memory for the rows of a micro-batch.
+struct Gather {
+    pool: ThreadPool,
+    table: SourceTensor,
+    rows: Vec<u8>,
+}
+
+impl Gather {
+    fn new(job: &Job) -> Result<Gather> {
+        let pool = rayon::ThreadPoolBuilder::new().num_threads(rayon::current_num_threads().min(GATHERING));
+        let pool = pool.build().map_err(|e| Error::run(format!("can't start a thread: {e}")))?;
+        let table = job.checkpoint.tensor(&job.model.embedding().name)?;
+        Ok(Gather { pool, table, rows: vec![] })
+    }
+
+    /// The rows of these tokens, `[tokens, hidden]` in the dtype that is computed in. Token ids are in the vocabulary.
+    fn rows(&mut self, ids: &[u32], compute: Compute) -> Result<&[u8]> {
+        let (stored, bytes) = (self.table.dtype, self.table.bytes());
+        let row = bytes.len() / self.table.shape[0];
+        self.rows.resize(ids.len() * row, 0);
+        let gathered = self.rows.par_chunks_exact_mut(row).zip(ids).with_min_len(16);
+        let copy = |(to, &id): (&mut [u8], &u32)| to.copy_from_slice(&bytes[id as usize * row..][..row]);
+        self.pool.install(|| gathered.for_each(copy));
+        if stored != compute.dtype() {
+            let shape = [ids.len(), self.table.shape[1]];
+            let gathered = SourceTensor::from_bytes(&self.table.name, stored, &shape, &self.rows)?;
+            self.rows = narrow(compute.dtype(), &widen(&gathered)?);
+        }
+        Ok(&self.rows)
+    }
+}
