@@ -2,12 +2,10 @@
 
 use std::sync::Mutex;
 
-use super::worker::CHANNEL;
-
 static BUFFERS: Mutex<Vec<Vec<u8>>> = Mutex::new(Vec::new());
 
-/// Buffers that are kept: what a burst of messages, as many as may wait in each direction, has used at once.
-const KEPT: usize = 2 * CHANNEL;
+/// Buffers that are kept: a few messages of each direction.
+const KEPT: usize = 4;
 
 /// Bytes from which a buffer is worth keeping.
 const LARGE: usize = 1 << 20;

@@ -7,7 +7,7 @@ use super::{Cluster, Frame, Tag};
 use crate::error::{Error, Result};
 
 /// Messages that a worker may have waiting for the main thread, and the other way round.
-pub(super) const CHANNEL: usize = 8;
+const CHANNEL: usize = 8;
 
 impl Cluster {
     /// Runs `worker` on a thread of its own until every rank's worker has ended and everything that was sent has

@@ -13,7 +13,7 @@ use crate::error::{Error, Result};
 /// Hidden states that have been copied to the device, or are ready to leave it, and wait for their turn.
 pub const WAITING: usize = 1;
 
-/// A micro-batch's hidden states on the device, from the stage before.
+/// A micro-batch's hidden states on the device, from the stage before or the embedding.
 pub type Arrived<T> = Result<(usize, T)>;
 
 /// A micro-batch's hidden states on the device, for the stage behind.
@@ -70,16 +70,16 @@ pub fn departures<B: Backend>(
 
 /// The walk's ends of both.
 pub struct Crossing<B: Backend> {
-    /// From the stage before, in micro-batch order.
+    /// From the stage before or the embedding, in micro-batch order.
     pub arrived: Receiver<Arrived<B::Tensor>>,
     /// To the stage behind.
     pub departing: Sender<Departing<B>>,
 }
 
 impl<B: Backend> Crossing<B> {
-    /// The next micro-batch from the stage before, which is `micro_batch`, into `state`.
+    /// The next micro-batch that comes, which is `micro_batch`, into `state`.
     pub fn enter(&self, backend: &B, micro_batch: usize, state: &mut B::Tensor) -> Result<()> {
-        let ended = |_| Error::run("the stage before ended without sending its hidden states");
+        let ended = |_| Error::run("what brings hidden states ended early");
         let (number, states) = self.arrived.recv().map_err(ended)??;
         debug_assert_eq!(number, micro_batch, "messages of one sender arrive in order");
         backend.copy(&states, state)

@@ -73,6 +73,12 @@ impl Outbox {
         self.send(peer, Tag::Hidden, Frame { head: micro_batch.to_le_bytes().to_vec(), body: bytes })
     }
 
+    /// Ends the job with an error of a thread that nobody waits for now.
+    pub fn fail(&self, error: &Error) {
+        // Where nobody listens any more, the job is ending already.
+        let _ = self.sender.send(Outgoing::Fail(error.clone()));
+    }
+
     fn send(&self, peer: usize, tag: Tag, frame: Frame) -> Result<()> {
         // The main thread keeps the receiver until this worker has ended, unless the job is failing.
         let sent = self.sender.send(Outgoing::Message { peer, tag, frame });

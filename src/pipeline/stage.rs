@@ -63,11 +63,13 @@ impl<B: Solver> Stage<'_, B> {
             // and its maxima may come one after the other.
             let waiting = if job.method.needs_statistics() { 0 } else { 2 * self.ahead() };
             let (to_finisher, finished) = bounded(waiting);
-            let finishing =
-                scope.spawn(move || finish(backend, job, files, outbox.clone(), timeline, &finished));
+            let finishing = scope.spawn(move || {
+                told(finish(backend, job, files, outbox.clone(), timeline, &finished), outbox)
+            });
             // What is only copied may be as large as a layer, which must not wait for it.
             let copied = self.copied().into_iter().map(Finished::Copied);
-            let copying = scope.spawn(move || finish(backend, job, files, outbox.clone(), timeline, copied));
+            let copying = scope
+                .spawn(move || told(finish(backend, job, files, outbox.clone(), timeline, copied), outbox));
             let (to_walk, arrived) = bounded(WAITING);
             let (walking, ended) = bounded(0);
             let (incoming, hidden) = (self.incoming.clone(), job.model.hidden);
@@ -77,7 +79,7 @@ impl<B: Solver> Stage<'_, B> {
                 false => arrivals(backend, hidden, &incoming, &to_walk, &ended),
             });
             let (departing, leaving) = bounded(WAITING);
-            let departures = scope.spawn(move || departures(backend, outbox, &leaving));
+            let departures = scope.spawn(move || told(departures(backend, outbox, &leaving), outbox));
 
             let walked = self.send_all(&to_finisher, Crossing { arrived, departing });
             drop((to_finisher, walking));
@@ -146,6 +148,11 @@ impl<B: Solver> Stage<'_, B> {
         let Walk { computed, waited, passes, .. } = walk;
         Ok(Phases { forward: computed, wait: waited, passes, ..Phases::default() })
     }
+}
+
+/// What a thread came to. The walk may notice much later that one has failed, so the job hears of it at once.
+fn told<T>(result: Result<T>, outbox: &Outbox) -> Result<T> {
+    result.inspect_err(|error| outbox.fail(error))
 }
 
 pub(super) fn send<B: Solver>(finisher: &Sender<Finished<B>>, part: Finished<B>) -> Result<()> {

@@ -165,8 +165,11 @@ impl<'a, B: Solver> Walk<'a, B> {
         let waits =
             visits.first().and_then(|visit| visit.enters(course.routes)).is_some_and(|route| !route.kept);
         if stage.mode == Mode::Resident && stage.slice.start > 0 && waits {
+            let started = Instant::now();
             self.offer_ahead(loaded, &mut resident, sweep)?;
+            self.waited += started.elapsed().as_secs_f64();
         }
+        let first_group = visits.first().map(|visit| visit.group.start);
         // What the device is still computing with: given back before, it would hold up the next layer's loading.
         let mut in_use = None;
         // The layer before which the group's hidden states were kept last.
@@ -184,8 +187,10 @@ impl<'a, B: Solver> Walk<'a, B> {
                 since =
                     visit.enters(course.routes).map_or(0, |route| if route.kept { route.enter } else { 0 });
             }
-            // The stages behind wait for the first group: nothing is done beside it that may be done later.
-            if let (Some(weights), false) = (&weights, visit.completes || visit.group.start == 0) {
+            // While stages behind wait for the first group, nothing is done beside it that may be done later.
+            let awaited = first_group == Some(visit.group.start)
+                && visit.enters(course.routes).is_some_and(|route| route.passes_on);
+            if let (Some(weights), false) = (&weights, visit.completes || awaited) {
                 sweep.offer(visit.layer, weights)?;
             }
             let (mut before, mut behind) = self.open(course, visit, since);
@@ -223,7 +228,9 @@ impl<'a, B: Solver> Walk<'a, B> {
             match weights {
                 Some(weights) if visit.completes => sweep.complete(visit.layer, weights)?,
                 weights if stage.mode == Mode::Resident && !visit.last_group => resident[slot] = weights,
-                weights => in_use = weights,
+                // With the last group other layers are with the finisher, and there is no room for one more.
+                weights if !visit.last_group => in_use = weights,
+                _ => {}
             }
             if visit.ends_group {
                 sweep.seen(stage.slice.end, documents(visit.group.end - 1))?;

@@ -15,7 +15,7 @@ pub struct ModelCost {
     pub layer_output: Vec<u64>,
     /// Bytes of what the first stage owns besides layers (embedding), the same in the output.
     pub head: u64,
-    /// Bytes of the embedding in the dtype that is computed in.
+    /// Bytes of the embedding in memory.
     pub head_loaded: u64,
     /// Bytes of what the last stage owns besides layers (norm, lm_head), the same in the output.
     pub tail: u64,

@@ -1,12 +1,12 @@
 //! Where a rank's time went.
 
-/// Seconds by phase of one rank's walk, and how much it walked. Quantizing and writing run beside the forward pass, so phases add up to
-/// more than the total.
+/// Seconds by phase of one rank's walk, and how much it walked. Quantizing and writing run beside the forward pass, so
+/// phases add up to more than the total.
 #[derive(Clone, Copy, Debug, Default, PartialEq, serde::Serialize, serde::Deserialize)]
 pub struct Phases {
     /// The forward pass, by the clock of the device.
     pub forward: f64,
-    /// Waiting for hidden states of the stage before.
+    /// Waiting for hidden states of the stage before, or of the embedding.
     pub wait: f64,
     /// Choosing scales and codes.
     pub quantize: f64,
