@@ -111,7 +111,9 @@ impl Transport {
     /// The MPI library's name and version.
     pub fn library() -> String {
         let version = mpi::environment::library_version().unwrap_or_default();
-        version.split(',').next().unwrap_or_default().trim().to_string()
+        // Open MPI goes on behind a comma, MPICH on further lines.
+        let first = version.split([',', '\n']).next().unwrap_or_default();
+        first.split_whitespace().collect::<Vec<_>>().join(" ")
     }
 
     /// Starts sending; returns at once.
