@@ -2,6 +2,7 @@
 //! forward pass goes on with others.
 
 use std::convert::Infallible;
+use std::time::Instant;
 
 use crossbeam_channel::{Receiver, Sender, select};
 
@@ -28,31 +29,35 @@ pub struct Departing<B: Backend> {
     pub bytes: usize,
 }
 
-/// Copies what comes to the device, in order, until the walk has ended.
+/// Copies what comes to the device, in order, until the walk has ended; returns the seconds of copying.
 pub fn arrivals<B: Backend>(
     backend: &B,
     cols: usize,
     incoming: &Receiver<Frame>,
     walk: &Sender<Arrived<B::Tensor>>,
     ended: &Receiver<Infallible>,
-) {
+) -> f64 {
+    let mut seconds = 0.0;
     loop {
         let frame = select! {
             recv(incoming) -> frame => frame,
-            recv(ended) -> _ => return,
+            recv(ended) -> _ => return seconds,
         };
-        let Ok(frame) = frame else { return };
+        let Ok(frame) = frame else { return seconds };
+        let started = Instant::now();
         let Hidden { micro_batch, bytes } = Hidden::from_frame(frame);
         let arrived = backend.arrived(&bytes, cols).map(|states| (micro_batch, states));
         spare::give(bytes);
+        seconds += started.elapsed().as_secs_f64();
         select! {
-            send(walk, arrived) -> sent => if sent.is_err() { return },
-            recv(ended) -> _ => return,
+            send(walk, arrived) -> sent => if sent.is_err() { return seconds },
+            recv(ended) -> _ => return seconds,
         }
     }
 }
 
-/// Copies hidden states from the device and passes them on, in order, until the walk has ended.
+/// Copies hidden states from the device and passes them on, in order, until the walk has ended; returns the seconds of
+/// it, without the waiting for the device to make them.
 ///
 /// # Errors
 /// Exit code 5: a device that fails.
@@ -60,12 +65,18 @@ pub fn departures<B: Backend>(
     backend: &B,
     outbox: &Outbox,
     departing: &Receiver<Departing<B>>,
-) -> Result<()> {
-    departing.iter().try_for_each(|Departing { micro_batch, states, since, bytes }| {
+) -> Result<f64> {
+    let mut seconds = 0.0;
+    for Departing { micro_batch, states, since, bytes } in departing {
         let mut bytes = spare::take(bytes);
+        // Waits until they are there.
+        backend.seconds(&since, &since)?;
+        let started = Instant::now();
         backend.download_as_of(&since, &states, &mut bytes)?;
-        outbox.hidden(micro_batch, bytes)
-    })
+        outbox.hidden(micro_batch, bytes)?;
+        seconds += started.elapsed().as_secs_f64();
+    }
+    Ok(seconds)
 }
 
 /// The walk's ends of both.

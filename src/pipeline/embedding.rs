@@ -2,6 +2,7 @@
 //! the walk as those of another stage would, so a card needs room for rows, not for the table.
 
 use std::convert::Infallible;
+use std::time::Instant;
 
 use crossbeam_channel::{Receiver, Sender, select};
 use rayon::ThreadPool;
@@ -18,32 +19,37 @@ use crate::error::{Error, Result};
 /// until others have written to their disks.
 const GATHERING: usize = 4;
 
-/// Embeds every micro-batch that begins with its tokens, in the order in which the walk asks, until it has ended.
+/// Embeds every micro-batch that begins with its tokens, in the order in which the walk asks, until it has ended; returns
+/// the seconds of it.
 pub fn embed<B: Backend>(
     backend: &B,
     job: &Job,
     routes: &Routes,
     walk: &Sender<Arrived<B::Tensor>>,
     ended: &Receiver<Infallible>,
-) {
+) -> f64 {
+    let mut seconds = 0.0;
     let begins = |route: &Option<Route>| route.as_ref().is_some_and(|route| route.enter == 0 && !route.kept);
     let sweeps = routes.forward.iter().enumerate().chain(routes.own.iter().enumerate());
     let mut entering = sweeps.filter(|(_, route)| begins(route)).map(|(i, _)| i).peekable();
     if entering.peek().is_none() {
-        return;
+        return seconds;
     }
     let mut gather = Gather::new(job);
     for micro_batch in entering {
+        let started = Instant::now();
         let rows = match &mut gather {
             Ok(gather) => gather.rows(job.ids_of(micro_batch), backend.compute()),
             Err(error) => Err(error.clone()),
         };
         let embedded = rows.and_then(|rows| backend.arrived(rows, job.model.hidden));
+        seconds += started.elapsed().as_secs_f64();
         select! {
-            send(walk, embedded.map(|states| (micro_batch, states))) -> sent => if sent.is_err() { return },
-            recv(ended) -> _ => return,
+            send(walk, embedded.map(|states| (micro_batch, states))) -> sent => if sent.is_err() { break },
+            recv(ended) -> _ => break,
         }
     }
+    seconds
 }
 
 /// The embedding where it is mapped, and memory for the rows of a micro-batch.

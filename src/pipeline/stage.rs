@@ -74,7 +74,7 @@ impl<B: Solver> Stage<'_, B> {
             let (walking, ended) = bounded(0);
             let (incoming, hidden) = (self.incoming.clone(), job.model.hidden);
             let (first, routes) = (self.slice.start == 0, self.routes);
-            scope.spawn(move || match first {
+            let arrivals = scope.spawn(move || match first {
                 true => embed(backend, job, routes, &to_walk, &ended),
                 false => arrivals(backend, hidden, &incoming, &to_walk, &ended),
             });
@@ -89,8 +89,9 @@ impl<B: Solver> Stage<'_, B> {
             // Where one of these failed, the walk only noticed that nobody listens any more.
             let mut phases = finished?;
             phases.write += copied?.write;
-            departed?;
+            let departed = departed?;
             let walked = walked?;
+            phases.transfer = departed + arrivals.join().unwrap_or_else(|panic| resume_unwind(panic));
             (phases.forward, phases.wait, phases.passes) = (walked.forward, walked.wait, walked.passes);
             phases.total = started.elapsed().as_secs_f64();
             Ok(phases)

@@ -8,6 +8,9 @@ pub struct Phases {
     pub forward: f64,
     /// Waiting for hidden states of the stage before, or of the embedding.
     pub wait: f64,
+    /// Hidden states between the device and other ranks (or the embedding): copying them and handing them over, each way
+    /// on a thread of its own.
+    pub transfer: f64,
     /// Choosing scales and codes.
     pub quantize: f64,
     /// Writing tensors, or handing them to rank 0.

@@ -178,19 +178,20 @@ impl fmt::Display for RunReport {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         writeln!(
             f,
-            "{:>4}  {:<16} {:>8} {:>9} {:>9} {:>9} {:>9} {:>11} {:>11}  good / zero / NaN",
-            "rank", "host", "threads", "forward", "wait", "quantize", "write", "read", "peak"
+            "{:>4}  {:<16} {:>8} {:>9} {:>9} {:>9} {:>9} {:>9} {:>11} {:>11}  good / zero / NaN",
+            "rank", "host", "threads", "forward", "wait", "transfer", "quantize", "write", "read", "peak"
         )?;
         for rank in &self.ranks {
             let health = self.health.get(&rank.rank).copied().unwrap_or_default();
             writeln!(
                 f,
-                "{:>4}  {:<16} {:>8} {:>9} {:>9} {:>9} {:>9} {:>11} {:>11}  {} / {} / {}",
+                "{:>4}  {:<16} {:>8} {:>9} {:>9} {:>9} {:>9} {:>9} {:>11} {:>11}  {} / {} / {}",
                 rank.rank,
                 rank.machine.host,
                 rank.machine.threads,
                 duration(rank.phases.forward),
                 duration(rank.phases.wait),
+                duration(rank.phases.transfer),
                 duration(rank.phases.quantize),
                 duration(rank.phases.write),
                 binary(rank.bytes_read),

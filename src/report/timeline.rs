@@ -115,11 +115,12 @@ pub fn timeline(ranks: &[RankReport]) -> String {
         let phases = &rank.phases;
         let _ = writeln!(
             rows,
-            "<tr><td>{} ({})</td><td>{busy:.2}</td><td>{:.0} %</td><td>{:.2}</td><td>{:.2}</td><td>{:.2}</td></tr>",
+            "<tr><td>{} ({})</td><td>{busy:.2}</td><td>{:.0} %</td><td>{:.2}</td><td>{:.2}</td><td>{:.2}</td><td>{:.2}</td></tr>",
             rank.rank,
             super::page::escape(&rank.machine.host),
             100.0 * busy / end,
             phases.wait,
+            phases.transfer,
             phases.quantize,
             phases.write,
         );
@@ -131,7 +132,7 @@ pub fn timeline(ranks: &[RankReport]) -> String {
          <text x=\"{left}\" y=\"{label}\" font-size=\"10\">0 s</text>\
          <text x=\"{width}\" y=\"{label}\" font-size=\"10\" text-anchor=\"end\">{end:.2} s</text></svg>\
          <table><tr><th>rank</th><th>computing, s</th><th>of the time</th><th>waiting for hidden states</th>\
-         <th>quantizing</th><th>writing, sending</th></tr>{rows}</table>\n",
+         <th>moving them</th><th>quantizing</th><th>writing, sending</th></tr>{rows}</table>\n",
         label = height - 4.0,
     )
 }
