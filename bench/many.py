@@ -3,8 +3,8 @@
     python3 bench/many.py [RANKS...]        (default 16 64 128 512)
 
 Ranks are started with `nice`: while hundreds of them start MPI and look for each other all the time, Open MPI's mpirun,
-which has to introduce them, would get a hundredth of a core. Prints a table: what the report says of each run, the time of the whole `mpirun`, and whether the output has the same
-bytes as the first one's.
+which has to introduce them, would get a hundredth of a core. Prints a table: what the report says of each run, the time
+of the whole `mpirun`, and whether the output has the same bytes as the first one's.
 """
 
 import json
