@@ -1,5 +1,5 @@
-# Three hosts on one machine, for the scripts beside this file: network namespaces a, b and c on a bridge. Host c is on a
-# link of 2.5 Gbit/s, and sees neither the output nor the others' copy of the model.
+# Three hosts on one machine, for the scripts beside this file: network namespaces a, b and c on a bridge. Host c is behind
+# a link of 2.5 Gbit/s and 0.2 ms each way, and sees neither the output nor the others' copy of the model.
 #
 # Sets WORK (scratch), and gives `skip` and `on_hosts`. Ends with 77 where namespaces can't be made.
 here=$(dirname "$(realpath "${BASH_SOURCE[0]}")")
@@ -22,14 +22,36 @@ skip() {
     exit 77
 }
 [[ $(id -u) == 0 ]] || skip "not root"
-command -v ip unshare > /dev/null || skip "iproute2 and util-linux are needed"
+hash ip unshare python3 2> /dev/null || skip "iproute2, util-linux and python3 are needed"
+
+cable() { # cable HOST
+    ip link add "$NET$1" type veth peer name eth0 netns "$NET-$1" 2> /dev/null || skip "the kernel gives no veth"
+}
+shape() { # shape QDISC... : both ends of host c's cable
+    { tc qdisc add dev "${NET}c" root "$@" && tc -n "$NET-c" qdisc add dev eth0 root "$@"; } 2> /dev/null
+}
+link_to_c() { # sets delayed, for measure
+    delayed=delayed
+    cable c
+    shape netem rate 2500mbit delay 0.2ms && return
+    ip link del "${NET}c"
+    [[ -c /dev/net/tun ]] && read -r < <(exec "$here/link" "${NET}c" "$NET-c") && return
+    delayed=
+    cable c
+    if shape tbf rate 2500mbit burst 4mb latency 50ms; then
+        echo "neither netem nor TAP devices here: 2.5 Gbit/s without a delay" >&2
+    else
+        echo "the kernel shapes no traffic: all links are as fast as memory" >&2
+    fi
+}
+
 ip link add "$NET" type bridge 2> /dev/null || skip "the kernel gives no bridge"
 ip link set "$NET" up
 number=0
 for host in a b c; do
     number=$((number + 1))
     ip netns add "$NET-$host" 2> /dev/null || skip "the kernel gives no network namespaces"
-    ip link add "$NET$host" type veth peer name eth0 netns "$NET-$host" 2> /dev/null || skip "the kernel gives no veth"
+    if [[ $host == c ]]; then link_to_c; else cable "$host"; fi
     ip link set "$NET$host" master "$NET" up
     ip -n "$NET-$host" addr add "10.77.0.$number/24" dev eth0
     ip -n "$NET-$host" link set eth0 up
@@ -38,10 +60,7 @@ for host in a b c; do
     printf '127.0.0.1 localhost\n10.77.0.1 a\n10.77.0.2 b\n10.77.0.3 c\n' > "/etc/netns/$NET-$host/hosts"
     echo "$host slots=1" >> "$WORK/hosts"
 done
-shape() { ip netns exec "$NET-c" tc qdisc add dev eth0 root "$@" 2> /dev/null; }
-shape netem rate 2500mbit delay 0.2ms \
-    || { shape tbf rate 2500mbit burst 4mb latency 50ms && echo "the kernel has no netem: 2.5 Gbit/s without its delay" >&2; } \
-    || echo "the kernel shapes no traffic: all links are as fast as memory" >&2
+"$here/measure" "$NET" $delayed
 
 # The same for Open MPI 4 and 5, which read other names.
 export OMPI_ALLOW_RUN_AS_ROOT=1 OMPI_ALLOW_RUN_AS_ROOT_CONFIRM=1 OMP_NUM_THREADS=1
