@@ -18,5 +18,6 @@ pub mod pipeline;
 pub mod planner;
 pub mod report;
 mod simd;
+mod threads;
 pub mod units;
 pub mod verify;

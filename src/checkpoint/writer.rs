@@ -12,6 +12,7 @@ use rayon::prelude::*;
 
 use super::placement::{Placement, Slot};
 use crate::error::{Error, Result};
+use crate::threads;
 use crate::units::binary;
 
 /// Bytes that one thread writes at a time.
@@ -59,10 +60,8 @@ impl OutputFiles {
         };
         let files = placement.shards.iter().map(|shard| open(&shard.file_name)).collect::<Result<_>>()?;
         let (written, ranges) = unbounded::<(Arc<File>, Slot)>();
-        std::thread::Builder::new()
-            .name("write-back".into())
-            .spawn(move || ranges.iter().for_each(|(file, slot)| start_writing_back(&file, slot)))
-            .map_err(|e| Error::run(format!("can't start a thread: {e}")))?;
+        let write_back = move || ranges.iter().for_each(|(file, slot)| start_writing_back(&file, slot));
+        threads::spawn("write-back", write_back)?;
         Ok(OutputFiles { placement: placement.clone(), files, written })
     }
 

@@ -10,6 +10,7 @@ use signal_hook::iterator::Signals;
 use super::Cluster;
 use super::fail::{abort, say};
 use crate::error::{Error, ExitCode, Result};
+use crate::threads;
 
 /// A launcher passes a signal on to every rank; the others let rank 0 speak.
 const PATIENCE: Duration = Duration::from_secs(2);
@@ -43,6 +44,6 @@ pub(super) fn watch(cluster: &Cluster) -> Result<()> {
         say(&format!("{place}stopped by {name}; a quantize run goes on where it was with --resume"));
         abort(ExitCode::Run as i32)
     };
-    std::thread::Builder::new().name("signals".into()).spawn(listen).map_err(refused)?;
+    threads::spawn("signals", listen)?;
     Ok(())
 }

@@ -13,7 +13,8 @@ use super::job::Job;
 use super::routes::{Route, Routes};
 use crate::backend::{Backend, Compute};
 use crate::checkpoint::{SourceTensor, narrow, widen};
-use crate::error::{Error, Result};
+use crate::error::Result;
+use crate::threads;
 
 /// Threads that gather: rows come out of memory faster than a layer passes them. In the common pool they would wait
 /// until others have written to their disks.
@@ -61,8 +62,7 @@ struct Gather {
 
 impl Gather {
     fn new(job: &Job) -> Result<Gather> {
-        let pool = rayon::ThreadPoolBuilder::new().num_threads(rayon::current_num_threads().min(GATHERING));
-        let pool = pool.build().map_err(|e| Error::run(format!("can't start a thread: {e}")))?;
+        let pool = threads::pool("gather", rayon::current_num_threads().min(GATHERING))?;
         let table = job.checkpoint.tensor(&job.model.embedding().name)?;
         Ok(Gather { pool, table, rows: vec![] })
     }

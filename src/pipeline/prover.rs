@@ -2,13 +2,13 @@
 //! little else to do then.
 
 use std::collections::HashSet;
-use std::fmt::Display;
 use std::thread::JoinHandle;
 
 use crossbeam_channel::{Sender, unbounded};
 
 use super::journal::PartId;
-use crate::error::{Error, Result};
+use crate::error::Result;
+use crate::threads;
 use crate::verify::Proof;
 
 /// A thread that reads finished layers.
@@ -27,14 +27,13 @@ impl Prover {
     /// Exit code 5 where the system refuses a thread.
     pub fn start(mut proof: Proof, written_here: HashSet<usize>) -> Result<Prover> {
         let (layers, finished) = unbounded();
-        let refused = |e: &dyn Display| Error::run(format!("can't start a thread: {e}"));
         // Threads of its own: in the common pool a copy to the card would wait until a whole linear is read.
-        let pool = rayon::ThreadPoolBuilder::new().build().map_err(|e| refused(&e))?;
+        let pool = threads::pool("proof", rayon::current_num_threads())?;
         let read = move || {
             finished.iter().for_each(|layer| pool.install(|| proof.layer(layer)));
             proof
         };
-        let proof = std::thread::Builder::new().name("prover".into()).spawn(read).map_err(|e| refused(&e))?;
+        let proof = threads::spawn("proof", read)?;
         Ok(Prover { layers, proof, written_here })
     }
 

@@ -29,6 +29,7 @@ use crate::checkpoint::SourceTensor;
 use crate::error::{Error, Result};
 use crate::nvfp4::activation::quantize_dequantize;
 use crate::nvfp4::{self, BLOCK, GlobalScale};
+use crate::threads;
 
 /// The CPU backend.
 pub struct Cpu {
@@ -46,10 +47,7 @@ impl Cpu {
     /// # Errors
     /// Exit code 5 where the threads can't be started.
     pub fn new(compute: Compute, threads: usize) -> Result<Cpu> {
-        let pool =
-            rayon::ThreadPoolBuilder::new().num_threads(threads).thread_name(|i| format!("compute-{i}"));
-        let pool = pool.build().map_err(|e| Error::run(format!("can't start {threads} threads: {e}")))?;
-        Ok(Cpu { compute, pool })
+        Ok(Cpu { compute, pool: threads::pool("compute", threads)? })
     }
 
     /// Which matrix kernel runs, for the report.

@@ -11,10 +11,11 @@ use cudarc::driver::{
 
 use super::Tensor;
 use super::kernels::{self, Kernels};
+use super::lane::Lane;
 use super::solver::Solving;
-use super::staging::Staging;
 use crate::backend::Compute;
 use crate::error::{Error, Result};
+use crate::threads;
 
 /// Threads that copy between ordinary memory and what is locked for the bus: enough to keep it at its rate.
 const COPIERS: usize = 8;
@@ -25,17 +26,19 @@ pub struct Cuda {
     pub(super) context: Arc<CudaContext>,
     /// The forward pass.
     pub(super) stream: Arc<CudaStream>,
-    /// Weights on their way to the card, beside the arithmetic.
-    pub(super) copies: Arc<CudaStream>,
     /// Quantizing finished layers, beside both.
     pub(super) finishing: Arc<CudaStream>,
     pub(super) kernels: Kernels,
     pub(super) processors: i32,
-    pub(super) uploads: Staging,
-    /// Activations on their way from the card, beside the arithmetic.
-    pub(super) departures: Arc<CudaStream>,
-    pub(super) downloads: Staging,
-    codes: Staging,
+    /// Weights on their way to the card, beside the arithmetic.
+    pub(super) weights: Lane,
+    /// Hidden states on their way to the card. Their memory is given back when the forward pass has read them, and
+    /// weights on the same stream would wait for that.
+    pub(super) arrivals: Lane,
+    /// Activations on their way from the card.
+    pub(super) departures: Lane,
+    /// Codes and scales on their way from the card, on the finishing stream.
+    codes: Lane,
     pub(super) rounding: Mutex<Rounding>,
     pub(super) blas: CudaBlas,
     attention: Mutex<HashMap<usize, CudaFunction>>,
@@ -132,7 +135,7 @@ impl Cuda {
         // Compiling needs no context, so it goes on beside the rest.
         let architecture = format!("{major}{minor}");
         let compiling = std::thread::spawn(move || kernels::elementwise(compute, &architecture));
-        let (stream, copies) = (context.new_stream().map_err(open)?, context.new_stream().map_err(open)?);
+        let stream = context.new_stream().map_err(open)?;
         // A finished layer's few kernels go before the next layer's many: behind them, the next but one would wait.
         let (_, highest) = cudarc::driver::result::stream::get_priority_range().map_err(open)?;
         let finishing = context.new_stream_with_priority(highest).map_err(open)?;
@@ -141,10 +144,9 @@ impl Cuda {
         let processors = context
             .attribute(sys::CUdevice_attribute_enum::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT)
             .map_err(open)?;
-        let copiers =
-            rayon::ThreadPoolBuilder::new().num_threads(rayon::current_num_threads().min(COPIERS)).build();
-        let copiers = Arc::new(copiers.map_err(|e| Error::run(format!("can't start a thread: {e}")))?);
-        let [uploads, downloads, codes] = [(); 3].map(|()| Staging::new(&context, &copiers));
+        let copiers = Arc::new(threads::pool("copy", rayon::current_num_threads().min(COPIERS))?);
+        let lane = |stream| Lane::new(stream, &copiers).map_err(open);
+        let new_lane = || context.new_stream().map_err(open).and_then(lane);
         let rounding = Mutex::new(Rounding::new(&finishing).map_err(open)?);
         let compiled = compiling.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))?;
         Ok(Cuda {
@@ -152,11 +154,10 @@ impl Cuda {
             name: context.name().map_err(open)?,
             compute,
             stream,
-            copies,
-            uploads: uploads.map_err(open)?,
-            departures: context.new_stream().map_err(open)?,
-            downloads: downloads.map_err(open)?,
-            codes: codes.map_err(open)?,
+            weights: new_lane()?,
+            arrivals: new_lane()?,
+            departures: new_lane()?,
+            codes: lane(finishing.clone())?,
             rounding,
             processors,
             blas,
@@ -261,7 +262,7 @@ impl Cuda {
     pub(super) fn read_finished(&self, from: &CudaView<u8>, to: &mut [u8]) -> Result<()> {
         let at = from.device_ptr(&self.finishing).0;
         // SAFETY: the slice is as long as `to`: both hold the codes or the scales of one weight.
-        let copied = unsafe { self.codes.download(at, to, &self.finishing) };
+        let copied = unsafe { self.codes.download(at, to) };
         copied.map_err(|e| self.failed("copy from the card", e))
     }
 

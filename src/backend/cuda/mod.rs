@@ -1,12 +1,12 @@
-//! The CUDA backend: one GPU, one stream, BF16 or F32 arithmetic with F32 sums.
+//! The CUDA backend: one GPU, BF16 or F32 arithmetic with F32 sums.
 //!
 //! The driver, cuBLAS and NVRTC are loaded when a GPU is asked for, so the same binary runs where there is
 //! none. Kernels (`kernels/*.cu`) are compiled for the GPU at hand when the backend starts.
 
 mod device;
 mod kernels;
+mod lane;
 mod solver;
-mod staging;
 mod sums;
 mod tensor;
 
@@ -106,7 +106,7 @@ impl Backend for Cuda {
 
     fn arrived(&self, bytes: &[u8], cols: usize) -> Result<Tensor> {
         let rows = bytes.len() / (cols * self.compute.bytes()).max(1);
-        Tensor::uploaded(self, rows, cols, bytes.len(), &|at, to| {
+        Tensor::uploaded(self, &self.arrivals, rows, cols, bytes.len(), &|at, to| {
             to.copy_from_slice(&bytes[at..at + to.len()]);
             Ok(())
         })

@@ -169,6 +169,8 @@ impl Cuda {
         let place = |row: usize, column: usize| at + 4 * (row * n + column) as u64;
         let (inverse, panel) = (self.blank(TILE, TILE)?, self.blank(n, TILE)?);
         let failed = self.vector(&[i32::MAX])?;
+        // Where a pivot fails there is no inverse, and what follows is computed in vain, but not with what was here.
+        self.clear(&inverse)?;
         for first in (0..n).step_by(TILE) {
             let width = TILE.min(n - first);
             let below = n - first - width;

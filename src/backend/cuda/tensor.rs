@@ -6,6 +6,7 @@ use cudarc::driver::{CudaEvent, CudaSlice, CudaStream, DevicePtr};
 use half::bf16;
 use safetensors::Dtype;
 
+use super::lane::Lane;
 use super::{Cuda, PACK_BYTES};
 use crate::backend::Compute;
 use crate::backend::cpu;
@@ -19,7 +20,7 @@ pub struct Tensor {
     /// Elements of a row.
     pub cols: usize,
     data: CudaSlice<u8>,
-    /// For weights, which are freed on another stream than they are used on: their last use by the forward pass. The
+    /// For what comes by a lane, and is freed on another stream than it is used on: their last use by the forward pass. The
     /// finishing thread is done with them before it lets go.
     last_use: Option<LastUse>,
 }
@@ -71,7 +72,7 @@ impl Tensor {
         };
         if let ([rows, cols], true) = (&source.shape[..], stored_as_computed) {
             let bytes = rows * cols * cuda.compute.bytes();
-            return Tensor::uploaded(cuda, *rows, *cols, bytes, &|at, to| source.read(at, to));
+            return Tensor::uploaded(cuda, &cuda.weights, *rows, *cols, bytes, &|at, to| source.read(at, to));
         }
         let here = cpu::Tensor::from_source(cuda.compute, source)?;
         let wide: Vec<f32>;
@@ -86,7 +87,7 @@ impl Tensor {
                 return Err(Error::run("an F32 matrix in a BF16 computation").tensor(&source.name));
             }
         };
-        Tensor::uploaded(cuda, here.rows, here.cols, bytes.len(), &|at, to| {
+        Tensor::uploaded(cuda, &cuda.weights, here.rows, here.cols, bytes.len(), &|at, to| {
             to.copy_from_slice(&bytes[at..at + to.len()]);
             Ok(())
         })
@@ -95,6 +96,7 @@ impl Tensor {
     /// A matrix whose bytes `read` gives, part by part, copied beside the forward pass.
     pub(super) fn uploaded(
         cuda: &Cuda,
+        lane: &Lane,
         rows: usize,
         cols: usize,
         bytes: usize,
@@ -102,12 +104,11 @@ impl Tensor {
     ) -> Result<Tensor> {
         let failed = |e| cuda.failed("copy weights to the card", e);
         // SAFETY: the copy that follows writes every byte.
-        let data = unsafe { cuda.copies.alloc::<u8>(bytes) }.map_err(failed)?;
+        let data = unsafe { lane.stream.alloc::<u8>(bytes) }.map_err(failed)?;
         // SAFETY: the memory was just allocated with this length.
-        unsafe { cuda.uploads.upload(bytes, read, data.device_ptr(&cuda.copies).0, &cuda.copies) }
-            .map_err(failed)??;
-        let event = cuda.copies.record_event(None).map_err(failed)?;
-        let last_use = Some(LastUse { event, freed_on: cuda.copies.clone() });
+        unsafe { lane.upload(bytes, read, data.device_ptr(&lane.stream).0) }.map_err(failed)??;
+        let event = lane.stream.record_event(None).map_err(failed)?;
+        let last_use = Some(LastUse { event, freed_on: lane.stream.clone() });
         Ok(Tensor { rows, cols, data, last_use })
     }
 
@@ -168,10 +169,10 @@ impl Tensor {
     pub(super) fn download(&self, cuda: &Cuda, moment: &CudaEvent, bytes: &mut Vec<u8>) -> Result<()> {
         bytes.resize(self.bytes(cuda), 0);
         let failed = |e| cuda.failed("copy from the card", e);
-        cuda.departures.wait(moment).map_err(failed)?;
+        cuda.departures.stream.wait(moment).map_err(failed)?;
         // Without cudarc's own waiting, which would be for the last use, not for `moment`.
         let at = self.data.device_ptr(self.data.stream()).0;
         // SAFETY: the matrix has this many bytes, and is not freed while it is borrowed.
-        unsafe { cuda.downloads.download(at, bytes, &cuda.departures) }.map_err(failed)
+        unsafe { cuda.departures.download(at, bytes) }.map_err(failed)
     }
 }

@@ -6,12 +6,14 @@
 
 use std::sync::{Arc, Mutex};
 
-use cudarc::driver::{CudaContext, CudaEvent, CudaStream, DriverError, PinnedHostSlice, result};
+use cudarc::driver::{CudaEvent, CudaStream, DriverError, PinnedHostSlice, result};
 use rayon::ThreadPool;
 use rayon::prelude::*;
 
-/// Page-locked memory for one direction.
-pub struct Staging {
+/// One kind of tensors' way to the card or from it: on the card, none waits for those of another kind.
+pub struct Lane {
+    /// Where the bus is given its copies.
+    pub stream: Arc<CudaStream>,
     halves: Mutex<[Half; 2]>,
     /// Who copies: in the common pool a copy would wait until others have written to their disks.
     copiers: Arc<ThreadPool>,
@@ -28,15 +30,15 @@ const PART: usize = 16 << 20;
 /// Bytes that one thread copies.
 const SHARE: usize = 512 << 10;
 
-impl Staging {
+impl Lane {
     /// Locks the memory.
-    pub fn new(context: &Arc<CudaContext>, copiers: &Arc<ThreadPool>) -> Result<Staging, DriverError> {
+    pub fn new(stream: Arc<CudaStream>, copiers: &Arc<ThreadPool>) -> Result<Lane, DriverError> {
         let half = || {
             // SAFETY: the memory is written before it is read, below.
-            let buffer = unsafe { context.alloc_pinned_with_flags(PART, 0)? };
-            Ok(Half { buffer, passed: context.new_event(None)? })
+            let buffer = unsafe { stream.context().alloc_pinned_with_flags(PART, 0)? };
+            Ok(Half { buffer, passed: stream.context().new_event(None)? })
         };
-        Ok(Staging { halves: Mutex::new([half()?, half()?]), copiers: copiers.clone() })
+        Ok(Lane { halves: Mutex::new([half()?, half()?]), copiers: copiers.clone(), stream })
     }
 
     /// Copies `bytes` bytes to the card at `to`; they are there when this returns. `read` fills a part from the
@@ -49,8 +51,8 @@ impl Staging {
         bytes: usize,
         read: &(dyn Fn(usize, &mut [u8]) -> crate::error::Result<()> + Sync),
         to: u64,
-        stream: &CudaStream,
     ) -> Result<crate::error::Result<()>, DriverError> {
+        let stream = &self.stream;
         let mut halves = self.halves.lock().expect("no holder of this lock panics");
         stream.context().bind_to_thread()?;
         for (i, first) in (0..bytes).step_by(PART).enumerate() {
@@ -75,7 +77,8 @@ impl Staging {
     ///
     /// # Safety
     /// `from` is the address of at least as many bytes that belong to the caller.
-    pub unsafe fn download(&self, from: u64, to: &mut [u8], stream: &CudaStream) -> Result<(), DriverError> {
+    pub unsafe fn download(&self, from: u64, to: &mut [u8]) -> Result<(), DriverError> {
+        let stream = &self.stream;
         let mut halves = self.halves.lock().expect("no holder of this lock panics");
         stream.context().bind_to_thread()?;
         let bytes = to.len();
