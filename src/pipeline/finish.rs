@@ -16,7 +16,7 @@ use crate::error::{Error, Result};
 use crate::methods::layer::{Folds, Layer, QuantizedGroup};
 use crate::methods::{SiteStatistics, quantize_linear, weight_amax};
 use crate::model::{LayerWeights, Site};
-use crate::nvfp4::{GlobalScale, QuantizedLinear};
+use crate::nvfp4::{BLOCK, GlobalScale, QuantizedLinear};
 use crate::report::{Phases, Timeline, Work};
 
 /// What a rank's parts are made of, as it becomes known.
@@ -28,7 +28,7 @@ pub enum Finished<B: Solver> {
         /// Which one.
         layer: usize,
         /// Its weights, unless they came before.
-        weights: Option<Arc<LayerWeights<B::Tensor>>>,
+        weights: Option<Lent<B>>,
         /// What is known of its inputs.
         inputs: Inputs,
     },
@@ -36,13 +36,31 @@ pub enum Finished<B: Solver> {
     Chosen {
         /// Which one.
         layer: usize,
-        /// Its weights.
-        weights: Arc<LayerWeights<B::Tensor>>,
         /// What is known of its inputs, by site.
         statistics: Box<[SiteStatistics<B::Matrix>; 4]>,
-        /// Dropped when the layer is done with.
-        solving: Sender<()>,
+        /// Its weights.
+        weights: Lent<B>,
     },
+}
+
+/// A layer's weights in the finisher's hands.
+pub struct Lent<B: Solver> {
+    weights: Arc<LayerWeights<B::Tensor>>,
+    /// Ends with them, where the walk waits for that.
+    until: Option<Sender<()>>,
+}
+
+impl<B: Solver> Lent<B> {
+    /// For good, or for as long as it takes.
+    pub fn new(weights: Arc<LayerWeights<B::Tensor>>) -> Lent<B> {
+        Lent { weights, until: None }
+    }
+
+    /// The receiver hears nothing, and ends when they are given back.
+    pub fn awaited(weights: Arc<LayerWeights<B::Tensor>>) -> (Lent<B>, Receiver<()>) {
+        let (until, given_back) = bounded(0);
+        (Lent { weights, until: Some(until) }, given_back)
+    }
 }
 
 /// What is known of the inputs of a layer whose codes do not depend on them.
@@ -55,9 +73,6 @@ pub enum Inputs {
     Maxima([f32; 4]),
 }
 
-/// Tensors that may wait for the disk.
-const WAITING: usize = 2;
-
 /// Quantizes the parts that this rank owns.
 pub struct Finisher<'a, B: Solver> {
     backend: &'a B,
@@ -65,7 +80,9 @@ pub struct Finisher<'a, B: Solver> {
     /// To the thread that places tensors.
     places: Sender<ToPlace>,
     /// Memory of tensors that have been placed.
-    spare: Receiver<Vec<u8>>,
+    placed: Receiver<Vec<u8>>,
+    /// The same, by length: layers have tensors of the same lengths.
+    spare: HashMap<usize, Vec<Vec<u8>>>,
     /// Where work is noted.
     timeline: &'a Timeline,
     /// Layers that only their inputs' maxima are missing from.
@@ -83,17 +100,23 @@ pub fn finish<B: Solver>(
     backend: &B,
     job: &Job,
     files: Option<&OutputFiles>,
-    outbox: Outbox,
+    outbox: &Outbox,
     timeline: &Timeline,
     parts: impl IntoIterator<Item = Finished<B>>,
 ) -> Result<Phases> {
-    let (places, tensors) = bounded(WAITING);
-    let (spare_to, spare) = bounded(2 * WAITING);
+    // A layer may wait for the disk, so that its weights do not.
+    let waiting = job.inventory.layers.iter().map(|layer| layer.outputs.len()).max().unwrap_or(0);
+    let (places, tensors) = bounded(waiting);
+    // Codes that are chosen have memory of their own.
+    let (spare, placed) = bounded(if job.method.needs_statistics() { 0 } else { waiting });
     std::thread::scope(|scope| {
-        let placing = scope.spawn(move || Placer { job, files, outbox, spare: spare_to }.run(&tensors));
-        let quantized = HashMap::new();
-        let mut finisher = Finisher { backend, job, places, spare, timeline, quantized, seconds: 0.0 };
-        let finished = finisher.run(parts);
+        let to_root = outbox.clone();
+        let placing =
+            scope.spawn(move || outbox.told(Placer { job, files, outbox: to_root, spare }.run(&tensors)));
+        let (spare, quantized) = (HashMap::new(), HashMap::new());
+        let mut finisher =
+            Finisher { backend, job, places, placed, spare, timeline, quantized, seconds: 0.0 };
+        let finished = outbox.told(finisher.run(parts));
         let quantize = finisher.seconds;
         drop(finisher);
         let placed = placing.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic));
@@ -110,15 +133,20 @@ impl<B: Solver> Finisher<'_, B> {
             match part {
                 Finished::Copied(part) => self.copied(part)?,
                 Finished::Max { layer, weights, inputs } => {
-                    if let Some(weights) = weights {
-                        let groups = self.max(layer, &weights)?;
+                    if let Some(lent) = weights {
+                        let groups = self.max(layer, &lent.weights)?;
                         self.quantized.insert(layer, groups);
                         self.timeline.note(Work::Quantize, layer, 0, started, self.timeline.now());
+                        let awaited = lent.until.is_some();
+                        drop(lent);
+                        if awaited {
+                            self.settle()?;
+                        }
                     }
                     self.scaled(layer, inputs)?;
                 }
-                Finished::Chosen { layer, weights, statistics, solving: _solving } => {
-                    self.chosen(layer, &weights, *statistics)?;
+                Finished::Chosen { layer, statistics, weights: lent } => {
+                    self.chosen(layer, &lent.weights, *statistics)?;
                     self.timeline.note(Work::Quantize, layer, 0, started, self.timeline.now());
                 }
             }
@@ -153,7 +181,9 @@ impl<B: Solver> Finisher<'_, B> {
             self.seconds += started.elapsed().as_secs_f64();
             for (linear, weight) in group.members.iter().zip(linears) {
                 let started = Instant::now();
-                let (elements, spare) = (linear.rows * linear.cols, self.spare());
+                let elements = linear.rows * linear.cols;
+                let spare =
+                    QuantizedLinear { codes: self.spare(elements / 2), scales: self.spare(elements / BLOCK) };
                 let quantized = quantize_linear(self.backend, weight, elements, global, spare)?;
                 self.seconds += started.elapsed().as_secs_f64();
                 self.linear(&linear.name, quantized, global)?;
@@ -286,12 +316,20 @@ impl<B: Solver> Finisher<'_, B> {
         Ok(())
     }
 
-    /// Memory for a linear's codes and scales, from those that have been placed where there are any: the largest
-    /// for the codes.
-    fn spare(&mut self) -> QuantizedLinear {
-        let mut spare: Vec<Vec<u8>> = self.spare.try_iter().collect();
-        spare.sort_by_key(Vec::capacity);
-        QuantizedLinear { codes: spare.pop().unwrap_or_default(), scales: spare.pop().unwrap_or_default() }
+    /// Memory for `bytes` bytes, that of a tensor which has been placed where there was one.
+    fn spare(&mut self, bytes: usize) -> Vec<u8> {
+        for spare in self.placed.try_iter() {
+            self.spare.entry(spare.len()).or_default().push(spare);
+        }
+        self.spare.get_mut(&bytes).and_then(Vec::pop).unwrap_or_default()
+    }
+
+    /// Waits until everything has been placed: a layer that was taken sooner would keep the walk waiting for the disk.
+    fn settle(&self) -> Result<()> {
+        let (settled, all) = bounded(0);
+        self.place(ToPlace::Settled(settled))?;
+        let _ = all.recv();
+        Ok(())
     }
 
     fn place(&self, tensor: ToPlace) -> Result<()> {

@@ -73,10 +73,12 @@ impl Outbox {
         self.send(peer, Tag::Hidden, Frame { head: micro_batch.to_le_bytes().to_vec(), body: bytes })
     }
 
-    /// Ends the job with an error of a thread that nobody waits for now.
-    pub fn fail(&self, error: &Error) {
-        // Where nobody listens any more, the job is ending already.
-        let _ = self.sender.send(Outgoing::Fail(error.clone()));
+    /// What a thread came to. Others may notice much later that it has failed, so the job hears of it at once.
+    pub fn told<T>(&self, result: Result<T>) -> Result<T> {
+        result.inspect_err(|error| {
+            // Where nobody listens any more, the job is ending already.
+            let _ = self.sender.send(Outgoing::Fail(error.clone()));
+        })
     }
 
     fn send(&self, peer: usize, tag: Tag, frame: Frame) -> Result<()> {

@@ -20,6 +20,8 @@ pub enum ToPlace {
     Copied(SourceTensor),
     /// All tensors of a part have been handed over.
     Part(PartId, Vec<GroupRecord>),
+    /// Nothing: dropped when all that came before has been placed.
+    Settled(Sender<()>),
 }
 
 /// Writes tensors where this rank sees the output, and sends them to rank 0 where it doesn't.
@@ -50,8 +52,10 @@ impl Placer<'_> {
                     match self.files {
                         Some(files) => {
                             files.write(&name, &bytes)?;
-                            // Where nobody wants it any more it is simply freed.
-                            let _ = self.spare.try_send(bytes);
+                            // Scalars aren't worth it; where nobody wants it any more it is simply freed.
+                            if bytes.len() > size_of::<f32>() {
+                                let _ = self.spare.try_send(bytes);
+                            }
                         }
                         None => self.outbox.tensor(&name, bytes)?,
                     }
@@ -71,6 +75,7 @@ impl Placer<'_> {
                     }));
                     self.outbox.event(Event::Finished(PartRecord { part, digest, groups }))?;
                 }
+                ToPlace::Settled(settled) => drop(settled),
             }
             seconds += started.elapsed().as_secs_f64();
         }

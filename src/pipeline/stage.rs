@@ -1,7 +1,8 @@
 //! One rank's walk over its slice: hidden states in, layer by layer over a group of micro-batches, hidden states out;
 //! in a resumed run no more of it than its [`Routes`] say. One thread loads the next layer, one computes, one quantizes
-//! the layer before (or one that is still being passed, where codes depend on weights alone) and another places it; one more copies what nothing is done to, and two move hidden states. A
-//! streamed stage hands over one layer at a time, so at most three layers' weights exist; a resident one loads its whole
+//! the layer before (or one that is still being passed, where codes depend on weights alone) and another places it; one
+//! more copies what nothing is done to, and two move hidden states. A streamed stage hands over one layer at a time, and
+//! waits until weights are given back, so at most three layers' exist; a resident one loads its whole
 //! slice ahead and keeps it until the last group has passed.
 
 use std::ops::Range;
@@ -13,7 +14,7 @@ use crossbeam_channel::{Receiver, Sender, bounded};
 
 use super::crossing::{Crossing, WAITING, arrivals, departures};
 use super::embedding::embed;
-use super::finish::{Finished, Inputs, finish};
+use super::finish::{Finished, Inputs, Lent, finish};
 use super::job::Job;
 use super::journal::PartId;
 use super::messages::Outbox;
@@ -63,13 +64,10 @@ impl<B: Solver> Stage<'_, B> {
             // and its maxima may come one after the other.
             let waiting = if job.method.needs_statistics() { 0 } else { 2 * self.ahead() };
             let (to_finisher, finished) = bounded(waiting);
-            let finishing = scope.spawn(move || {
-                told(finish(backend, job, files, outbox.clone(), timeline, &finished), outbox)
-            });
+            let finishing = scope.spawn(move || finish(backend, job, files, outbox, timeline, &finished));
             // What is only copied may be as large as a layer, which must not wait for it.
             let copied = self.copied().into_iter().map(Finished::Copied);
-            let copying = scope
-                .spawn(move || told(finish(backend, job, files, outbox.clone(), timeline, copied), outbox));
+            let copying = scope.spawn(move || finish(backend, job, files, outbox, timeline, copied));
             let (to_walk, arrived) = bounded(WAITING);
             let (walking, ended) = bounded(0);
             let (incoming, hidden) = (self.incoming.clone(), job.model.hidden);
@@ -79,9 +77,9 @@ impl<B: Solver> Stage<'_, B> {
                 false => arrivals(backend, hidden, &incoming, &to_walk, &ended),
             });
             let (departing, leaving) = bounded(WAITING);
-            let departures = scope.spawn(move || told(departures(backend, outbox, &leaving), outbox));
+            let departures = scope.spawn(move || outbox.told(departures(backend, outbox, &leaving)));
 
-            let walked = self.send_all(&to_finisher, Crossing { arrived, departing });
+            let walked = outbox.told(self.send_all(&to_finisher, Crossing { arrived, departing }));
             drop((to_finisher, walking));
             let finished = finishing.join().unwrap_or_else(|panic| resume_unwind(panic));
             let copied = copying.join().unwrap_or_else(|panic| resume_unwind(panic));
@@ -121,7 +119,7 @@ impl<B: Solver> Stage<'_, B> {
             walked = self.walk(finisher, crossing)?;
         } else {
             for layer in self.slice.clone().filter(|&layer| !self.job.is_finished(PartId::Layer(layer))) {
-                let weights = Some(Arc::new(self.load(layer)?));
+                let weights = Some(Lent::new(Arc::new(self.load(layer)?)));
                 send(finisher, Finished::Max { layer, weights, inputs: Inputs::Unneeded })?;
             }
         }
@@ -149,11 +147,6 @@ impl<B: Solver> Stage<'_, B> {
         let Walk { computed, waited, passes, .. } = walk;
         Ok(Phases { forward: computed, wait: waited, passes, ..Phases::default() })
     }
-}
-
-/// What a thread came to. The walk may notice much later that one has failed, so the job hears of it at once.
-fn told<T>(result: Result<T>, outbox: &Outbox) -> Result<T> {
-    result.inspect_err(|error| outbox.fail(error))
 }
 
 pub(super) fn send<B: Solver>(finisher: &Sender<Finished<B>>, part: Finished<B>) -> Result<()> {

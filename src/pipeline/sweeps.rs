@@ -3,9 +3,9 @@
 use std::collections::HashSet;
 use std::sync::Arc;
 
-use crossbeam_channel::{Sender, TrySendError, bounded};
+use crossbeam_channel::{Receiver, Sender, TrySendError};
 
-use super::finish::{Finished, Inputs};
+use super::finish::{Finished, Inputs, Lent};
 use super::journal::{Observed, PartId};
 use super::messages::Event;
 use super::stage::{Stage, finisher_ended, send};
@@ -21,9 +21,10 @@ pub trait Sweep<B: Solver> {
     fn observe(&mut self, layer: usize, micro_batch: usize, site: Site, x: &B::Tensor) -> Result<()>;
     /// Whether a layer is wanted when every micro-batch has passed it.
     fn completes(&self, layer: usize) -> bool;
-    /// May take the weights of a layer that some micro-batches are still to pass.
-    fn offer(&mut self, _layer: usize, _weights: &Arc<LayerWeights<B::Tensor>>) -> Result<()> {
-        Ok(())
+    /// May take the weights of a layer that some micro-batches are still to pass; the receiver hears nothing, and ends
+    /// when they have been given back.
+    fn offer(&mut self, _: usize, _: &Arc<LayerWeights<B::Tensor>>) -> Result<Option<Receiver<()>>> {
+        Ok(None)
     }
     /// Takes a wanted layer.
     fn complete(&mut self, layer: usize, weights: Arc<LayerWeights<B::Tensor>>) -> Result<()>;
@@ -73,24 +74,35 @@ impl<B: Solver> Sweep<B> for Maxima<'_, B> {
         !self.stage.job.is_finished(PartId::Layer(layer))
     }
 
-    fn offer(&mut self, layer: usize, weights: &Arc<LayerWeights<B::Tensor>>) -> Result<()> {
-        // Elsewhere there is no room for the layer that the finisher would have.
-        let stays = self.stage.mode == Mode::Resident;
-        if !stays || !<Self as Sweep<B>>::completes(self, layer) || self.given.contains(&layer) {
-            return Ok(());
+    fn offer(
+        &mut self,
+        layer: usize,
+        weights: &Arc<LayerWeights<B::Tensor>>,
+    ) -> Result<Option<Receiver<()>>> {
+        if !<Self as Sweep<B>>::completes(self, layer) || self.given.contains(&layer) {
+            return Ok(None);
         }
-        let weights = Some(weights.clone());
-        match self.finisher.try_send(Finished::Max { layer, weights, inputs: Inputs::Unknown }) {
-            Ok(()) => self.given.insert(layer),
-            Err(TrySendError::Full(_)) => false,
-            Err(TrySendError::Disconnected(_)) => return Err(finisher_ended()),
+        let (lent, given_back) = match self.stage.mode {
+            // They stay in any case.
+            Mode::Resident => (Lent::new(weights.clone()), None),
+            Mode::Streamed | Mode::Spilled => {
+                let (lent, given_back) = Lent::awaited(weights.clone());
+                (lent, Some(given_back))
+            }
         };
-        Ok(())
+        match self.finisher.try_send(Finished::Max { layer, weights: Some(lent), inputs: Inputs::Unknown }) {
+            Ok(()) => {
+                self.given.insert(layer);
+                Ok(given_back)
+            }
+            Err(TrySendError::Full(_)) => Ok(None),
+            Err(TrySendError::Disconnected(_)) => Err(finisher_ended()),
+        }
     }
 
     fn complete(&mut self, layer: usize, weights: Arc<LayerWeights<B::Tensor>>) -> Result<()> {
         let maxima = self.maxima(&self.stage.backend.read_amax(&self.amax)?, layer);
-        let weights = (!self.given.contains(&layer)).then_some(weights);
+        let weights = (!self.given.contains(&layer)).then(|| Lent::new(weights));
         send(self.finisher, Finished::Max { layer, weights, inputs: Inputs::Maxima(maxima) })
     }
 
@@ -172,10 +184,10 @@ impl<B: Solver> Sweep<B> for Statistics<'_, B> {
     fn complete(&mut self, layer: usize, weights: Arc<LayerWeights<B::Tensor>>) -> Result<()> {
         let Some(sums) = self.sums.take() else { return Ok(()) };
         // One layer's statistics at a time: they are larger than its weights.
-        let (solving, solved) = bounded(0);
+        let (weights, given_back) = Lent::awaited(weights);
         let statistics = Box::new(self.gathering.finish(sums)?);
-        send(self.finisher, Finished::Chosen { layer, weights, statistics, solving })?;
-        let _ = solved.recv();
+        send(self.finisher, Finished::Chosen { layer, statistics, weights })?;
+        let _ = given_back.recv();
         Ok(())
     }
 

@@ -49,6 +49,9 @@ type Loaded<B> = Receiver<Result<(usize, LayerWeights<<B as Backend>::Tensor>)>>
 /// Weights of a slice that stay loaded.
 type Resident<B> = Vec<Option<Arc<LayerWeights<<B as Backend>::Tensor>>>>;
 
+/// Weights that the device is still computing with, and what ends when the finisher has done with them.
+type InUse<B> = (Arc<LayerWeights<<B as Backend>::Tensor>>, Option<Receiver<()>>);
+
 /// A micro-batch through a layer.
 struct Pass<M> {
     layer: usize,
@@ -170,8 +173,8 @@ impl<'a, B: Solver> Walk<'a, B> {
             self.waited += started.elapsed().as_secs_f64();
         }
         let first_group = visits.first().map(|visit| visit.group.start);
-        // What the device is still computing with: given back before, it would hold up the next layer's loading.
-        let mut in_use = None;
+        // Given back before the device is done with it, a layer would hold up the next one's loading.
+        let mut in_use: Option<InUse<B>> = None;
         // The layer before which the group's hidden states were kept last.
         let mut since = 0;
         for visit in visits {
@@ -190,9 +193,10 @@ impl<'a, B: Solver> Walk<'a, B> {
             // While stages behind wait for the first group, nothing is done beside it that may be done later.
             let awaited = first_group == Some(visit.group.start)
                 && visit.enters(course.routes).is_some_and(|route| route.passes_on);
-            if let (Some(weights), false) = (&weights, visit.completes || awaited) {
-                sweep.offer(visit.layer, weights)?;
-            }
+            let lent = match &weights {
+                Some(weights) if !visit.completes && !awaited => sweep.offer(visit.layer, weights)?,
+                _ => None,
+            };
             let (mut before, mut behind) = self.open(course, visit, since);
             let mut passing = vec![];
             let kept = behind.any();
@@ -224,12 +228,16 @@ impl<'a, B: Solver> Walk<'a, B> {
                 since = visit.layer + 1;
                 sweep.seen(since, documents(visit.group.end - 1))?;
             }
-            drop(in_use.take());
+            if let Some((weights, lent)) = in_use.take() {
+                drop(weights);
+                // Otherwise there would be a layer too many. A finisher that fails says so itself.
+                let _ = lent.map(|lent| lent.recv());
+            }
             match weights {
                 Some(weights) if visit.completes => sweep.complete(visit.layer, weights)?,
                 weights if stage.mode == Mode::Resident && !visit.last_group => resident[slot] = weights,
                 // With the last group other layers are with the finisher, and there is no room for one more.
-                weights if !visit.last_group => in_use = weights,
+                Some(weights) if !visit.last_group => in_use = Some((weights, lent)),
                 _ => {}
             }
             if visit.ends_group {

@@ -284,11 +284,10 @@ impl Slice {
         }
     }
 
-    /// Expected time at `pace`. In its first pass a stage reads from disk, in later passes it loads again
-    /// what it did not keep, and behind the last pass it writes; each overlaps with that pass's
-    /// arithmetic. A resident stage loads ahead, while it waits for its first hidden states. Where a method
-    /// needs statistics, a stage passes hidden states on first, and then walks through its layers again; the
-    /// last stage walks once.
+    /// Expected time at `pace`. In its first pass a stage reads from disk, in later passes it loads again what it
+    /// did not keep, chooses codes and writes; each overlaps with that pass's arithmetic. A resident stage loads
+    /// ahead, while it waits for its first hidden states. Where a method needs statistics, a stage passes hidden
+    /// states on first, and then walks through its layers again; the last stage walks once.
     pub fn cost(&self, pace: &Pace, mode: Mode, group: usize, model: &ModelCost, work: &Work) -> Cost {
         let Pace { forward, statistics, solving, read, again, write, link, spill } = *pace;
         let groups = work.groups(group) as Time;
@@ -312,8 +311,9 @@ impl Slice {
             // Nothing comes before the first stage for which it could load ahead.
             let loads_ahead = mode == Mode::Resident && self.layers.start > 0;
             let fill = if loads_ahead { forward } else { forward.max(reading) };
-            let last = (forward + groups * solving).max(again + groups * write);
-            (fill, forward.max(reading) + (groups - 2) * forward.max(again) + last)
+            let later =
+                ((groups - 1) * forward + groups * solving).max((groups - 1) * again + groups * write);
+            (fill, forward.max(reading) + later)
         };
         // The last layer's micro-batches leave one after another while the next are computed.
         let one = |all: Time| all * groups / work.micro_batches as Time;

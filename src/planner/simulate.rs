@@ -1,7 +1,8 @@
 //! The schedule, played through with expected times: every layer over every micro-batch on every stage, in
 //! the order in which `pipeline` does it. What the closed formula of `cost.rs` leaves out happens here: a
-//! group waits until all of it has come, a streamed layer is loaded when the one before was taken, a layer is
-//! handed over when the one before is written.
+//! group waits until all of it has come, a streamed layer is loaded when the one before was taken, a layer's codes
+//! are chosen early where nothing waits for the disk, and otherwise behind the last group, where a streamed stage
+//! hands a layer over when all but the one before are written.
 //!
 //! Takes layers × micro-batches steps. Channels between stages count as wide enough: a sender that outruns
 //! its receiver would only have waited for it.
@@ -78,6 +79,8 @@ struct Clock {
     loaded: f64,
     /// When everything that was handed over is written.
     written: f64,
+    /// When all of it but the last layer is.
+    written_before: f64,
 }
 
 fn seconds(time: Time) -> f64 {
@@ -95,7 +98,7 @@ impl Stage {
         }
     }
 
-    /// Hidden states and maxima, codes behind the last group.
+    /// Hidden states, maxima and codes.
     fn once(&self) -> Sweep {
         let Pace { forward, solving, read, again, write, .. } = self.pace;
         self.sweep(forward, solving, [read, again], write)
@@ -117,11 +120,12 @@ impl Stage {
         let (mut sent, mut departures) = (0.0f64, Vec::new());
         let groups = arrivals.chunks(group);
         let last = groups.len() - 1;
+        let mut given = vec![false; self.layers];
         for (number, group) in groups.enumerate() {
             let complete = group.iter().copied().fold(clock.now, f64::max);
             clock.wait += complete - clock.now;
             clock.now = complete;
-            for layer in 0..self.layers {
+            for (layer, given) in given.iter_mut().enumerate() {
                 match (self.mode, number) {
                     // Loaded ahead, and kept.
                     (Mode::Resident, 0) => clock.loaded += sweep.loads[0],
@@ -140,7 +144,9 @@ impl Stage {
                         departures.push(sent);
                     }
                 }
-                if number == last {
+                let early = number > 0 && clock.written <= clock.now;
+                if !*given && (number == last || early) {
+                    *given = true;
                     clock.finish(sweep, self.mode);
                 }
             }
@@ -168,13 +174,14 @@ impl Clock {
         self.busy += seconds;
     }
 
-    /// Chooses a layer's codes and hands them over; where memory is for a few layers alone, the one before
-    /// must have been written.
+    /// Chooses a layer's codes and hands them over; where memory is for a few layers alone, no more than one may
+    /// wait to be written.
     fn finish(&mut self, sweep: &Sweep, mode: Mode) {
         if mode == Mode::Streamed {
-            self.now = self.now.max(self.written);
+            self.now = self.now.max(self.written_before);
         }
         self.compute(sweep.solving);
+        self.written_before = self.written;
         self.written = self.now.max(self.written) + sweep.write;
     }
 }
