@@ -1,10 +1,10 @@
 """Whether `distq eval` says what stock Transformers says: the same checkpoints, windows and cores.
 
-    python bench/agreement.py [--windows 40]
+    python bench/agreement.py [--windows 40] [--device cuda]
 
 Without input quantizers, both compute the same function and agree to all digits that F32 has. An input quantizer is a
 step: the last bit of a sum moves a code here and there, and thirty layers later the two are as far apart as two
-roundings of one model. So W4A4 perplexities agree in the mean, the better the more text there is, and Transformers and
+roundings of one model. So W4A4 perplexities agree the better the more text there is, and Transformers and
 distq are compared with themselves as well. Fails where perplexities without input quantizers differ by more than
 0.05 %, W4A4 ones by more than 0.5 % in the mean over checkpoints, or where distq takes more time. Writes
 bench/results/agreement.md and keeps the text below its tables.
@@ -55,16 +55,16 @@ def checkpoints() -> list[tuple[str, Path, Path]]:
     ]
 
 
-def transformers(path: Path, windows: int, dtype: str, attention: str) -> dict:
-    options = ["--dtype", dtype, "--attention", attention]
+def transformers(path: Path, windows: int, dtype: str, attention: str, device: str) -> dict:
+    options = ["--dtype", dtype, "--attention", attention, "--device", device]
     printed = run([peers_python(), SCRIPTS / "evaluate.py", TEXT, windows, path, *options])
     return json.loads(next(line for line in printed.splitlines() if line.startswith("{")))
 
 
-def ours(path: Path, windows: int, compute: str) -> dict:
+def ours(path: Path, windows: int, compute: str, device: str) -> dict:
     """With `cpu_seconds`: all that the process took."""
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
-    command = [DISTQ, "eval", path, "--text", TEXT, "--windows", windows, "--compute", compute, "--json"]
+    command = [DISTQ, "eval", path, "--text", TEXT, "--windows", windows, "--compute", compute, "--device", device, "--json"]
     scores = json.loads(run(command))["models"][0]
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
     return scores | {"cpu_seconds": after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime}
@@ -73,14 +73,16 @@ def ours(path: Path, windows: int, compute: str) -> dict:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--windows", type=int, default=40)
-    windows = parser.parse_args().windows
+    parser.add_argument("--device", default="cpu", help="where both compute; seconds are the cores' in any case")
+    args = parser.parse_args()
+    windows, device = args.windows, args.device
     exact = []
     for name, mine, theirs in checkpoints():
-        a, b = ours(mine, windows, "f32"), transformers(theirs, windows, "float32", "sdpa")
+        a, b = ours(mine, windows, "f32", device), transformers(theirs, windows, "float32", "sdpa", device)
         exact.append((name, a, b, a["perplexity"] / b["perplexity"] - 1))
     # `best` again, in other ways.
-    rounded, best = ours(OUT / "best", windows, "bf16"), OUT / "best"
-    spread = [exact[0][2], *(transformers(best, windows, dtype, attention) for dtype, attention in SPREAD)]
+    rounded, best = ours(OUT / "best", windows, "bf16", device), OUT / "best"
+    spread = [exact[0][2], *(transformers(best, windows, dtype, attention, device) for dtype, attention in SPREAD)]
 
     tokens = exact[0][1]["tokens"]
     lines = [

@@ -1,6 +1,6 @@
-"""Perplexity of checkpoints in stock Transformers, on the CPU.
+"""Perplexity of checkpoints in stock Transformers.
 
-    evaluate.py TEXT WINDOWS CHECKPOINT... [--dtype float32] [--attention eager] [--complete]
+    evaluate.py TEXT WINDOWS CHECKPOINT... [--dtype float32] [--attention eager] [--device cuda] [--complete]
 
 prints one JSON object a line. TEXT is tokenized as one string without special tokens and cut into windows of 512
 tokens that do not overlap; tokens 1 to 511 of each are scored, with F32 logits. Four windows go through the model
@@ -26,6 +26,7 @@ parser.add_argument("windows", type=int)
 parser.add_argument("checkpoints", nargs="+")
 parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float32"])
 parser.add_argument("--attention", default="sdpa", choices=["sdpa", "eager"])
+parser.add_argument("--device", default="cpu")
 parser.add_argument("--complete", action="store_true")
 args = parser.parse_args()
 dtype = getattr(torch, args.dtype)
@@ -36,8 +37,8 @@ for path in args.checkpoints:
     model, info = AutoModelForCausalLM.from_pretrained(
         path, dtype=dtype, attn_implementation=args.attention, output_loading_info=True
     )
-    model.eval()
-    ids = tokenizer(open(args.text, encoding="utf-8").read(), add_special_tokens=False, return_tensors="pt").input_ids[0]
+    model.to(args.device).eval()
+    ids = tokenizer(open(args.text, encoding="utf-8").read(), add_special_tokens=False, return_tensors="pt").input_ids[0].to(args.device)
     nll, count = 0.0, 0
     with torch.no_grad():
         for windows in ids[: args.windows * 512].view(-1, 512).split(4):
@@ -47,7 +48,7 @@ for path in args.checkpoints:
         seconds, cpu_seconds = time.time() - started, time.process_time() - cpu_started
         completion = None
         if args.complete:
-            prompt = tokenizer("The capital of France is", return_tensors="pt")
+            prompt = tokenizer("The capital of France is", return_tensors="pt").to(args.device)
             generated = model.generate(**prompt, max_new_tokens=12, do_sample=False)
             completion = tokenizer.decode(generated[0], skip_special_tokens=True)
     problems = {key: sorted(map(str, info[key])) for key in ("missing_keys", "unexpected_keys") if info[key]}
