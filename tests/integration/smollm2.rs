@@ -135,6 +135,32 @@ fn the_same_files_for_any_number_of_ranks() {
     }
 }
 
+/// Codes of `max` need no inputs, so a stage that drops its weights behind each group has most of them before the last
+/// one, which would otherwise wait for the disk.
+#[test]
+fn a_streamed_stage_quantizes_before_its_last_group() {
+    let dir = tempfile::tempdir().unwrap();
+    let report = dir.path().join("report.json");
+    let run = |name: &str| {
+        let few = ["--calib-samples", "30", "--calib-min-tokens", "1", "--calib-max-tokens", "96"];
+        quantize(&dir.path().join(name)).args(few).args(["--method", "max"])
+    };
+    run("streamed").args(["--memory-per-rank", "101MiB", "--report"]).arg(&report).succeed();
+    let report: Value = serde_json::from_slice(&fs::read(&report).unwrap()).unwrap();
+    let stage = &report["plan"]["stages"][0];
+    assert_eq!((stage["mode"].as_str(), stage["group"].as_u64()), (Some("streamed"), Some(2)));
+    let bars = |work: &'static str| {
+        let all = report["ranks"][0]["timeline"].as_array().unwrap().iter();
+        all.filter(move |bar| bar["work"] == work)
+    };
+    let entered = bars("compute").rfind(|bar| bar["layer"] == 0).unwrap();
+    let last_group = entered["start"].as_f64().unwrap();
+    let before = bars("quantize").filter(|bar| bar["end"].as_f64().unwrap() <= last_group).count();
+    assert!(before > 15, "{before} of 30 layers were quantized before the last group");
+    run("in_memory").succeed();
+    assert_eq!(digests(&dir.path().join("streamed")), digests(&dir.path().join("in_memory")));
+}
+
 #[test]
 fn builtin_text_is_tokenized_with_the_checkpoint_s_own_tokenizer() {
     let recorded = recorded();
