@@ -88,9 +88,16 @@ fn free_launcher() {
     }
 }
 
+/// How long a launcher gets to pass on what was said: MPICH's ends without reading it to its end.
+const PASSING_ON: Duration = Duration::from_millis(200);
+
 /// Ends every rank of the job at once with this exit code.
 pub fn abort(code: i32) -> ! {
-    if launch().is_some() { transport::abort(code) } else { std::process::exit(code) }
+    if launch().is_none() {
+        std::process::exit(code)
+    }
+    std::thread::sleep(PASSING_ON);
+    transport::abort(code)
 }
 
 const NO_THREAD: &str = "out of memory, or of threads that the system allows (ulimit -u, a container's pids.max): it gives \

@@ -45,6 +45,10 @@ link_to_c() { # sets delayed, for measure
     fi
 }
 
+# Hydra, which is MPICH's mpirun, writes hosts in another way.
+slots=" slots=1"
+if mpirun --version 2>&1 | grep -q HYDRA; then slots=:1; fi
+
 ip link add "$NET" type bridge 2> /dev/null || skip "the kernel gives no bridge"
 ip link set "$NET" up
 number=0
@@ -58,13 +62,16 @@ for host in a b c; do
     ip -n "$NET-$host" link set lo up
     mkdir -p "/etc/netns/$NET-$host"
     printf '127.0.0.1 localhost\n10.77.0.1 a\n10.77.0.2 b\n10.77.0.3 c\n' > "/etc/netns/$NET-$host/hosts"
-    echo "$host slots=1" >> "$WORK/hosts"
+    echo "$host$slots" >> "$WORK/hosts"
 done
 "$here/measure" "$NET" $delayed
 
-# The same for Open MPI 4 and 5, which read other names.
+# The same for Open MPI 4 and 5 and for Hydra, which read other names.
 export OMPI_ALLOW_RUN_AS_ROOT=1 OMPI_ALLOW_RUN_AS_ROOT_CONFIRM=1 OMP_NUM_THREADS=1
 export OMPI_MCA_plm_rsh_agent=$here/agent PRTE_MCA_plm_ssh_agent=$here/agent
+export HYDRA_LAUNCHER=rsh HYDRA_LAUNCHER_EXEC=$here/agent HYDRA_IFACE=eth0
+# UCX would see that it is one machine, and share memory.
+export UCX_TLS=tcp,self UCX_NET_DEVICES=eth0
 export OMPI_MCA_oob_tcp_if_include=10.77.0.0/24 PRTE_MCA_prte_if_include=10.77.0.0/24
 export OMPI_MCA_btl=tcp,self OMPI_MCA_btl_tcp_if_include=10.77.0.0/24
 
