@@ -20,8 +20,8 @@ pub struct Tensor {
     /// Elements of a row.
     pub cols: usize,
     data: CudaSlice<u8>,
-    /// For what comes by a lane, and is freed on another stream than it is used on: their last use by the forward pass. The
-    /// finishing thread is done with them before it lets go.
+    /// For what comes by a lane, and is freed on another stream than it is used on: its last use by the forward pass.
+    /// The finishing thread is done with weights before it lets go.
     last_use: Option<LastUse>,
 }
 
