@@ -10,6 +10,7 @@ use parquet::file::reader::{FileReader, SerializedFileReader};
 use parquet::record::Field;
 use serde_json::Value;
 
+use super::conversation::Conversation;
 use crate::error::{Error, Result};
 
 /// One document before tokenizing.
@@ -17,8 +18,8 @@ use crate::error::{Error, Result};
 pub enum Document {
     /// Plain text.
     Text(String),
-    /// A conversation for the chat template: a JSON array of `{role, content}`.
-    Messages(Value),
+    /// A conversation for the chat template.
+    Conversation(Conversation),
     /// Token ids, taken as they are.
     Ids(Vec<u32>),
 }
@@ -103,7 +104,7 @@ fn json_lines(path: &Path) -> Result<Documents> {
         match line {
             Ok(line) if line.trim().is_empty() => None,
             Ok(line) => Some(match serde_json::from_str::<Value>(&line) {
-                Ok(value) => from_json(&value).ok_or_else(|| bad("no document in it".into())),
+                Ok(value) => from_json(&value).map_err(bad),
                 Err(e) => Err(bad(format!("not valid JSON: {e}"))),
             }),
             Err(e) => Some(Err(bad(e.to_string()))),
@@ -111,19 +112,20 @@ fn json_lines(path: &Path) -> Result<Documents> {
     })))
 }
 
-fn from_json(value: &Value) -> Option<Document> {
-    let present = |key: &str| value.get(key).filter(|value| !value.is_null());
+/// The document of a row; the error is what keeps it from being one.
+fn from_json(row: &Value) -> Result<Document, String> {
+    let present = |key: &str| row.get(key).filter(|value| !value.is_null());
+    let none = || "no document in it".to_string();
     if let Some(ids) = present("input_ids") {
-        let ids = ids.as_array()?.iter().map(|id| id.as_u64().and_then(|id| u32::try_from(id).ok()));
-        return ids.collect::<Option<Vec<u32>>>().map(Document::Ids);
+        let ids = ids.as_array().ok_or_else(none)?.iter();
+        let ids = ids.map(|id| id.as_u64().and_then(|id| u32::try_from(id).ok()));
+        return ids.collect::<Option<Vec<u32>>>().map(Document::Ids).ok_or_else(none);
     }
     if let Some(messages) = present("messages") {
-        let well_formed = |message: &Value| message["role"].is_string() && !message["content"].is_null();
-        let list = messages.as_array()?;
-        let good = !list.is_empty() && list.iter().all(well_formed);
-        return good.then(|| Document::Messages(messages.clone()));
+        return Conversation::of_row(messages, row).map(Document::Conversation);
     }
-    KEYS.iter().find_map(|key| value.get(key)?.as_str()).map(|text| Document::Text(text.to_string()))
+    let text = KEYS.iter().find_map(|key| row.get(key)?.as_str());
+    text.map(|text| Document::Text(text.to_string())).ok_or_else(none)
 }
 
 fn plain_text(path: &Path) -> Result<Documents> {
@@ -208,7 +210,7 @@ mod tests {
 "#;
         let documents = read("a.jsonl", lines).unwrap();
         assert_eq!(documents[..3], [text("a"), text("b"), text("c")]);
-        assert!(matches!(&documents[3], Document::Messages(m) if m[0]["content"] == "d"));
+        assert!(matches!(&documents[3], Document::Conversation(c) if c.messages[0]["content"] == "d"));
         assert_eq!(documents[4], Document::Ids(vec![1, 2, 3]));
         assert_eq!(read("b.jsonl", b"{\"input_ids\": null, \"text\": \"x\"}").unwrap(), [text("x")]);
     }
@@ -219,8 +221,8 @@ mod tests {
             ("{\"text\": \"a\"}\n{oops\n", ["line 2", "not valid JSON"]),
             ("{\"body\": \"a\"}\n", ["line 1", "no document"]),
             ("{\"input_ids\": [1, -2]}\n", ["line 1", "no document"]),
-            ("{\"messages\": []}\n", ["line 1", "no document"]),
-            ("{\"messages\": [{\"role\": \"user\"}]}\n", ["line 1", "no document"]),
+            ("{\"messages\": []}\n", ["line 1", "list of messages is empty"]),
+            ("{\"messages\": [{\"content\": \"a\"}]}\n", ["line 1", "message 1 has no role"]),
         ] {
             let error = read("a.jsonl", lines.as_bytes()).unwrap_err().to_string();
             assert!(words.iter().all(|word| error.contains(word)), "{error}");

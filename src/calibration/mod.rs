@@ -1,6 +1,7 @@
 //! Text in, token batches out.
 
 mod batches;
+mod conversation;
 mod documents;
 mod sampling;
 mod select;

@@ -6,6 +6,7 @@ use minijinja::{Environment, context};
 use serde::Deserialize;
 use serde_json::Value;
 
+use super::conversation::Conversation;
 use crate::error::{Error, Result};
 
 /// A checkpoint's chat template, ready to render.
@@ -52,12 +53,19 @@ impl ChatTemplate {
     }
 
     /// A conversation as text, special tokens included.
-    pub fn render(&self, messages: &Value) -> Result<String> {
-        let messages = minijinja::Value::deserialize(messages)
-            .map_err(|e| Error::input(format!("a conversation can't be given to the chat template: {e}")))?;
+    pub fn render(&self, conversation: &Conversation) -> Result<String> {
+        let given = |value| {
+            minijinja::Value::deserialize(value)
+                .map_err(|e| Error::input(format!("a conversation can't be given to the chat template: {e}")))
+        };
+        let messages = given(&conversation.messages)?;
+        let tools = given(conversation.tools.as_ref().unwrap_or(&Value::Null))?;
+        let documents = given(conversation.documents.as_ref().unwrap_or(&Value::Null))?;
         let render = |template: minijinja::Template<'_, '_>| {
             template.render(context! {
                 messages => messages,
+                tools => tools,
+                documents => documents,
                 bos_token => self.bos.as_str(),
                 eos_token => self.eos.as_str(),
                 add_generation_prompt => false,
@@ -103,7 +111,11 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let config = json!({"chat_template": template, "bos_token": {"content": "<s>"}, "eos_token": "</s>"});
         std::fs::write(dir.path().join("tokenizer_config.json"), config.to_string()).unwrap();
-        ChatTemplate::of(dir.path())?.unwrap().render(&messages)
+        ChatTemplate::of(dir.path())?.unwrap().render(&Conversation {
+            messages,
+            tools: None,
+            documents: None,
+        })
     }
 
     #[test]

@@ -31,16 +31,16 @@ impl Tokenize {
         match document {
             Document::Ids(ids) => Ok(ids),
             Document::Text(text) => self.encode(&text, true),
-            Document::Messages(messages) => {
+            Document::Conversation(conversation) => {
                 if self.template.is_none() {
                     self.template = Some(ChatTemplate::of(&self.model)?);
                 }
                 match self.template.as_ref().and_then(Option::as_ref) {
                     Some(template) => {
-                        let text = template.render(&messages)?;
+                        let text = template.render(&conversation)?;
                         self.encode(&text, false)
                     }
-                    None => self.encode(&joined(&messages), true),
+                    None => self.encode(&joined(&conversation.messages), true),
                 }
             }
         }
