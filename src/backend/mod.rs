@@ -14,7 +14,7 @@ mod device;
 mod solver;
 
 pub use device::{Device, DeviceChoice, OnBackend};
-pub use solver::{Columns, Solver};
+pub use solver::{Columns, Solver, relative};
 
 use std::fmt;
 use std::str::FromStr;

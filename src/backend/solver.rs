@@ -13,6 +13,13 @@ pub struct Columns {
     pub squares: Vec<f64>,
 }
 
+/// `error / norm` of two sums of squares, as a number that can be compared and stored: nothing where there is no error,
+/// and the largest number where the quotient is infinite or not a number.
+pub fn relative(error: f64, norm: f64) -> f64 {
+    let ratio = if error == 0.0 { 0.0 } else { error / norm };
+    if ratio.is_finite() { ratio } else { f64::MAX }
+}
+
 /// Operations on f32 matrices, for [`crate::methods`]. They run beside the forward pass and one after another.
 ///
 /// The order of every sum is fixed, so a device gives the same bits every time. Rounding is that of
@@ -47,7 +54,7 @@ pub trait Solver: Backend {
     fn served(&self, x: &Self::Matrix, factors: &[f32], input: Option<GlobalScale>) -> Result<Self::Matrix>;
     /// `x · wᵀ`: x `[t, n]`, w `[rows, n]`.
     fn outputs(&self, x: &Self::Matrix, w: &Self::Matrix) -> Result<Self::Matrix>;
-    /// `‖a − b‖² / ‖b‖²`.
+    /// `‖a − b‖² / ‖b‖²`, by [`relative`].
     fn relative_error(&self, a: &Self::Matrix, b: &Self::Matrix) -> Result<f64>;
 
     /// Codes with max block scales.

@@ -1,18 +1,11 @@
-//! One decoder layer: choose the folds, fold, choose codes, judge them.
+//! One decoder layer: choose the folds, fold, choose codes, and give up what loses to max scales.
 
-use super::headroom::headroom;
 use super::smoothing::{Choice, Smoothing};
-use super::{Codes, Method, SiteStatistics, hessian};
+use super::{Method, SiteStatistics};
 use crate::backend::Solver;
 use crate::error::Result;
 use crate::model::Site;
 use crate::nvfp4::{GlobalScale, QuantizedLinear};
-
-/// Damping where there are sixteen tokens for each channel, and where there are fewer.
-const DAMPING: [f32; 2] = [0.05, 0.1];
-
-/// Tokens for each channel below which a Hessian is not trusted at all.
-const LEAST_TOKENS: usize = 1;
 
 /// The members of a site's fused group, each `[rows, cols]` in f32, read when they are needed.
 pub type Weights<'a, M> = &'a dyn Fn(Site) -> Result<Vec<M>>;
@@ -41,6 +34,8 @@ pub struct Layer<'a, S: Solver> {
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct Folds {
     smoothings: [Option<Smoothing>; 4],
+    /// Folds that were chosen and then given up, because they lost on the rows that judge.
+    given_up: [bool; 4],
     /// The norms' new weights, where a fold goes into them.
     pub norms: [Option<Vec<f32>>; 2],
     /// The factor of each row of v, and of its bias.
@@ -87,12 +82,57 @@ pub struct Verdict {
     /// Relative error of the folded weights.
     pub weight_error: f64,
     /// Relative error of its outputs as served (held-out documents where there are any), without folds under
-    /// max scales.
+    /// max scales. Both errors are of the outputs that the source has: a fold of the rows is undone before.
     pub output_error_max: f64,
     /// The same, as it was quantized.
     pub output_error: f64,
-    /// The same, for codes that were given up: the weighted search where GPTQ won, and the other way round.
+    /// The same, for the best of the codes that were given up: the weighted search where GPTQ won, for example.
     pub output_error_other: Option<f64>,
+}
+
+impl Folds {
+    /// Whether the input of `site` is folded.
+    fn has(&self, site: Site) -> bool {
+        self.smoothings[site as usize].as_ref().is_some_and(|smoothing| smoothing.candidate != "none")
+    }
+
+    /// Leaves the input of `site` as it is, and what produces it.
+    fn give_up(&mut self, site: Site) {
+        let smoothing = &mut self.smoothings[site as usize];
+        *smoothing = smoothing.take().map(|smoothing| Smoothing::none(smoothing.factors.len()));
+        match site {
+            Site::Qkv | Site::GateUp => self.norms[(site == Site::GateUp) as usize] = None,
+            Site::O => self.v = None,
+            Site::Down => self.up = None,
+        }
+        self.given_up[site as usize] = true;
+    }
+
+    /// The fold of a site's input.
+    pub(super) fn smoothing(&self, site: Site) -> Option<&Smoothing> {
+        self.smoothings[site as usize].as_ref()
+    }
+
+    /// Whether the fold of a site's input was chosen and then given up.
+    pub(super) fn gave_up(&self, site: Site) -> bool {
+        self.given_up[site as usize]
+    }
+
+    /// The factors of the rows of a site's member.
+    pub(super) fn rows(&self, site: Site, member: usize) -> Option<&[f32]> {
+        match (site, member) {
+            (Site::Qkv, 2) => self.v.as_deref(),
+            (Site::GateUp, 1) => self.up.as_deref(),
+            _ => None,
+        }
+    }
+}
+
+impl QuantizedGroup {
+    /// Whether a linear's outputs are worse than under max scales without folds.
+    fn loses(&self) -> bool {
+        self.members.iter().any(|member| member.verdict.output_error > member.verdict.output_error_max)
+    }
 }
 
 impl<S: Solver> Layer<'_, S> {
@@ -104,28 +144,60 @@ impl<S: Solver> Layer<'_, S> {
     pub fn folds(&self, method: Method, statistics: &[SiteStatistics<S::Matrix>; 4]) -> Result<Folds> {
         let mut folds = Folds::default();
         for site in Site::ALL.into_iter().filter(|&site| method.smooth && self.can_fold(site)) {
-            let smoothing = self.smooth(site, &statistics[site as usize])?;
-            if smoothing.candidate != "none" {
+            let statistics = &statistics[site as usize];
+            let members = (self.weights)(site)?;
+            let smoothing = self.smooth(site, &members, statistics)?;
+            let folded = smoothing.candidate != "none";
+            if folded {
                 self.fold_producer(site, &smoothing.factors, &mut folds);
             }
             folds.smoothings[site as usize] = Some(smoothing);
+            // The earlier site's codes will hold this fold, so that it can't be given up later.
+            let judged_now = matches!(site, Site::O | Site::Down);
+            if folded && method.guard && judged_now && !self.wins(site, &members, &folds, statistics)? {
+                folds.give_up(site);
+            }
         }
         Ok(folds)
     }
 
-    /// Folds and quantizes group by group, and hands each to `done`.
+    /// Folds and quantizes group by group, and hands each to `done`. With `guard`, a group in which a linear's outputs
+    /// are worse than under max scales without folds is quantized again without room in its input, without its own
+    /// fold, and without the fold that its rows hold: what is left then is max scales themselves. `folds` are those
+    /// that were kept in the end.
     ///
     /// # Errors
     /// What `done` or reading the weights returns.
     pub fn quantize(
         &self,
         method: Method,
-        folds: &Folds,
+        folds: &mut Folds,
         statistics: &mut [SiteStatistics<S::Matrix>; 4],
         done: &mut dyn FnMut(QuantizedGroup) -> Result<()>,
     ) -> Result<()> {
         for site in Site::ALL.into_iter().filter(|&site| self.quantized[site as usize]) {
-            done(self.group(site, method, folds, &mut statistics[site as usize])?)?;
+            let statistics = &mut statistics[site as usize];
+            let mut room = method.headroom && self.quantized_inputs;
+            let mut group = self.group(site, method, folds, room, statistics)?;
+            while method.guard && group.loses() {
+                let held = match site {
+                    Site::Qkv => Some(Site::O),
+                    Site::GateUp => Some(Site::Down),
+                    Site::O | Site::Down => None,
+                };
+                let held = held.filter(|&site| folds.has(site));
+                if room {
+                    room = false;
+                } else if held.is_some() && !folds.has(site) {
+                    held.into_iter().for_each(|site| folds.give_up(site));
+                } else if folds.has(site) && matches!(site, Site::Qkv | Site::GateUp) {
+                    folds.give_up(site);
+                } else {
+                    break;
+                }
+                group = self.group(site, method, folds, room, statistics)?;
+            }
+            done(group)?;
         }
         Ok(())
     }
@@ -136,18 +208,13 @@ impl<S: Solver> Layer<'_, S> {
     /// # Errors
     /// What the device returns.
     pub fn fold(&self, site: Site, folds: &Folds, members: &mut [S::Matrix]) -> Result<()> {
-        if let Some(smoothing) = &folds.smoothings[site as usize] {
-            for w in &mut *members {
+        for (member, w) in members.iter_mut().enumerate() {
+            if let Some(smoothing) = &folds.smoothings[site as usize] {
                 *w = self.solver.divided(w, &smoothing.factors)?;
             }
-        }
-        let rows = match site {
-            Site::Qkv => Some((2, &folds.v)),
-            Site::GateUp => Some((1, &folds.up)),
-            Site::O | Site::Down => None,
-        };
-        if let Some((member, Some(factors))) = rows {
-            self.solver.scale(&mut members[member], Some(factors), None)?;
+            if let Some(factors) = folds.rows(site, member) {
+                self.solver.scale(w, Some(factors), None)?;
+            }
         }
         Ok(())
     }
@@ -163,11 +230,15 @@ impl<S: Solver> Layer<'_, S> {
         producer && self.quantized[site as usize]
     }
 
-    fn smooth(&self, site: Site, statistics: &SiteStatistics<S::Matrix>) -> Result<Smoothing> {
-        let members = (self.weights)(site)?;
+    fn smooth(
+        &self,
+        site: Site,
+        members: &[S::Matrix],
+        statistics: &SiteStatistics<S::Matrix>,
+    ) -> Result<Smoothing> {
         let choice = Choice {
             solver: self.solver,
-            members: &members,
+            members,
             amax: &statistics.amax,
             squares: &statistics.squares,
             sample: &statistics.fit,
@@ -207,147 +278,6 @@ impl<S: Solver> Layer<'_, S> {
             Site::Down => folds.up = Some(factors.to_vec()),
         }
     }
-
-    fn group(
-        &self,
-        site: Site,
-        method: Method,
-        folds: &Folds,
-        statistics: &mut SiteStatistics<S::Matrix>,
-    ) -> Result<QuantizedGroup> {
-        let (solver, n) = (self.solver, statistics.channels());
-        let mut members = (self.weights)(site)?;
-        let plain = self.plain_errors(&members, statistics)?;
-        let smoothing = folds.smoothings[site as usize].clone();
-        if let Some(smoothing) = &smoothing {
-            statistics.fold(solver, &smoothing.factors)?;
-        }
-        self.fold(site, folds, &mut members)?;
-        let global = group_scale(solver, &members)?;
-        let input_amax = statistics.input_amax();
-        let headroom = match method.headroom && self.quantized_inputs {
-            true => headroom(&solver.read(&statistics.fit)?, input_amax),
-            false => 1.0,
-        };
-        let importance = match method.codes {
-            Codes::Sweep => vec![1.0; n],
-            _ => statistics.importance(solver)?,
-        };
-        let (factor, fallback) = self.factor(statistics, &importance)?;
-        let factor = factor.as_ref();
-
-        let sample = statistics.judges();
-        let served = self.served(statistics, headroom)?;
-        let mut quantized = Vec::new();
-        for (w, output_error_max) in members.iter().zip(plain) {
-            let outputs = solver.outputs(sample, w)?;
-            let judged = |codes: Codes| -> Result<Judged<S>> {
-                let q = match (codes, factor) {
-                    (Codes::Max, _) => solver.round_max(w, global)?,
-                    (Codes::Gptq, Some((factor, _))) => solver.round_gptq(w, factor, global)?,
-                    _ => solver.round_searched(w, &importance, global)?,
-                };
-                let values = solver.dequantize(&q, n, global)?;
-                let error = solver.relative_error(&solver.outputs(&served, &values)?, &outputs)?;
-                let weight_error = solver.relative_error(&values, w)?.sqrt();
-                Ok(Judged { codes, q, error, weight_error })
-            };
-            let codes = match (method.codes, factor) {
-                (Codes::Gptq, None) => Codes::Wsweep,
-                (codes, _) => codes,
-            };
-            let ours = judged(codes)?;
-            let theirs = match codes == Codes::Gptq && method.guard {
-                true => Some(judged(Codes::Wsweep)?),
-                false => None,
-            };
-            let (kept, other) = match theirs {
-                Some(theirs) if ours.error > theirs.error => (theirs, Some(ours.error)),
-                theirs => (ours, theirs.map(|theirs| theirs.error)),
-            };
-            let verdict = Verdict {
-                codes: kept.codes.name().to_string(),
-                weight_error: kept.weight_error,
-                output_error_max,
-                output_error: kept.error.sqrt(),
-                output_error_other: other.map(f64::sqrt),
-            };
-            let linear = solver.read_codes(kept.q)?;
-            quantized.push(QuantizedMember { linear, amax: solver.largest(w)?, verdict });
-        }
-        let damping = factor.map(|(_, damping)| *damping);
-        Ok(QuantizedGroup {
-            site,
-            global,
-            input_amax,
-            headroom,
-            smoothing,
-            damping,
-            fallback,
-            members: quantized,
-        })
-    }
-
-    /// Each member's output error without folds under max scales.
-    fn plain_errors(
-        &self,
-        members: &[S::Matrix],
-        statistics: &SiteStatistics<S::Matrix>,
-    ) -> Result<Vec<f64>> {
-        let (solver, n, sample) = (self.solver, statistics.channels(), statistics.judges());
-        let served = self.served(statistics, 1.0)?;
-        let global = group_scale(solver, members)?;
-        let error = |w: &S::Matrix| {
-            let rounded = solver.dequantize(&solver.round_max(w, global)?, n, global)?;
-            let error =
-                solver.relative_error(&solver.outputs(&served, &rounded)?, &solver.outputs(sample, w)?);
-            error.map(f64::sqrt)
-        };
-        members.iter().map(error).collect()
-    }
-
-    /// The rows to judge with, as an engine sees them.
-    fn served(&self, statistics: &SiteStatistics<S::Matrix>, headroom: f32) -> Result<S::Matrix> {
-        let input = self.quantized_inputs.then(|| GlobalScale::from_amax(headroom * statistics.input_amax()));
-        self.solver.served(statistics.judges(), &vec![1.0; statistics.channels()], input)
-    }
-
-    /// The factor of the site's Hessian and its damping, or why there is none. The Hessian is given up: both
-    /// together are the largest that a site needs.
-    fn factor(
-        &self,
-        statistics: &mut SiteStatistics<S::Matrix>,
-        diagonal: &[f32],
-    ) -> Result<Factored<S::Factor>> {
-        let n = statistics.channels();
-        let Some(products) = statistics.products.take() else { return Ok((None, None)) };
-        if self.tokens < LEAST_TOKENS * n {
-            let reason = format!(
-                "{} calibration tokens, a Hessian of {n} channels needs {}",
-                self.tokens,
-                LEAST_TOKENS * n
-            );
-            return Ok((None, Some(reason)));
-        }
-        let least = DAMPING[(self.tokens < 16 * n) as usize];
-        Ok(match hessian::factor(self.solver, &products, diagonal, least)? {
-            None => (None, Some("no damping makes the Hessian positive definite".into())),
-            Some((factor, damping)) if damping > least => {
-                let reason = format!("the Hessian needed damping {damping} instead of {least}");
-                (Some((factor, damping)), Some(reason))
-            }
-            factor => (factor, None),
-        })
-    }
-}
-
-/// The members' common scale.
-fn group_scale<S: Solver>(solver: &S, members: &[S::Matrix]) -> Result<GlobalScale> {
-    let mut largest = 0f32;
-    for w in members {
-        largest = largest.max(solver.largest(w)?);
-    }
-    Ok(GlobalScale::from_amax(largest))
 }
 
 /// The norm that produces a site's input.
@@ -357,15 +287,4 @@ fn norm_of(site: Site) -> Option<usize> {
         Site::GateUp => Some(1),
         Site::O | Site::Down => None,
     }
-}
-
-/// A factor and its damping, or why there is none, or why it is another than asked for.
-type Factored<F> = (Option<(F, f32)>, Option<String>);
-
-/// Codes and how far off their outputs are: squared, relative.
-struct Judged<S: Solver> {
-    codes: Codes,
-    q: S::Codes,
-    error: f64,
-    weight_error: f64,
 }

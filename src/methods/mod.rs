@@ -4,6 +4,7 @@
 //! summed up for a site ([`SiteStatistics`]), one layer at a time ([`layer`]). Arithmetic happens where the weights
 //! are, behind [`crate::backend::Solver`]; here is what is tried and what is kept.
 
+mod choose;
 mod headroom;
 mod hessian;
 pub mod layer;

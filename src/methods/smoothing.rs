@@ -30,6 +30,13 @@ pub struct Smoothing {
     pub factors: Vec<f32>,
 }
 
+impl Smoothing {
+    /// No fold of so many channels.
+    pub fn none(channels: usize) -> Smoothing {
+        Smoothing { candidate: "none".into(), gain: 1.0, factors: vec![1.0; channels] }
+    }
+}
+
 /// A site whose factors are to be chosen.
 pub struct Choice<'a, S: Solver> {
     /// Where arithmetic happens.
@@ -57,9 +64,8 @@ impl<S: Solver> Choice<'_, S> {
     pub fn best(&self, realize: impl Fn(Vec<f32>) -> Vec<f32>) -> Result<Smoothing> {
         let outputs =
             self.members.iter().map(|w| self.solver.outputs(self.sample, w)).collect::<Result<Vec<_>>>()?;
-        let none = vec![1.0; self.amax.len()];
-        let base = self.error(&none, &outputs)?;
-        let mut best = Smoothing { candidate: "none".into(), gain: 1.0, factors: none };
+        let mut best = Smoothing::none(self.amax.len());
+        let base = self.error(&best.factors, &outputs)?;
         for (candidate, wished) in self.candidates()? {
             let factors = realize(wished);
             let gain = self.error(&factors, &outputs)? / base;
@@ -72,14 +78,13 @@ impl<S: Solver> Choice<'_, S> {
     }
 
     fn candidates(&self) -> Result<Vec<(String, Vec<f32>)>> {
-        let inputs = self.input_rms();
+        let inputs: Vec<f32> = self.squares.iter().map(|x| x.sqrt()).collect();
         let (weights, largest) = self.weight_columns()?;
         let power =
             |a: f32| -> Vec<f32> { weights.iter().zip(&inputs).map(|(w, x)| (w / x).powf(a)).collect() };
         let mut candidates: Vec<(String, Vec<f32>)> =
             EXPONENTS.iter().map(|&a| (format!("rms^{a}"), self.tidy(power(a)))).collect();
-        let quietest = smallest_positive(self.amax);
-        let by_max = largest.iter().zip(self.amax).map(|(w, x)| (w / x.max(quietest)).sqrt()).collect();
+        let by_max = largest.iter().zip(self.amax).map(|(w, x)| (w / x).sqrt()).collect();
         candidates.push(("max^0.5".into(), self.tidy(by_max)));
         Ok(candidates)
     }
@@ -97,25 +102,22 @@ impl<S: Solver> Choice<'_, S> {
         Ok((sum.iter().map(|&sum| sum.sqrt() as f32).collect(), largest))
     }
 
-    /// `sqrt(Σ x²)`; a channel that was never used counts as the quietest one that was.
-    fn input_rms(&self) -> Vec<f32> {
-        let quietest = smallest_positive(self.squares);
-        self.squares.iter().map(|&x| x.max(quietest).sqrt()).collect()
-    }
-
-    /// Ties, then a geometric mean of 1, then the limits.
-    fn tidy(&self, mut factors: Vec<f32>) -> Vec<f32> {
-        factors.iter_mut().for_each(|f| *f = if *f > 0.0 && f.is_finite() { f.ln() } else { 0.0 });
+    /// Ties, then a geometric mean of 1, then the limits. A channel that no input uses or no weight reads has no
+    /// factor (it is 0 or infinite) and is left as it is.
+    fn tidy(&self, factors: Vec<f32>) -> Vec<f32> {
+        let log = |f: f32| (f > 0.0 && f.is_finite()).then(|| f.ln());
+        let mut logs: Vec<Option<f32>> = factors.into_iter().map(log).collect();
         if let Some((repeats, width)) = self.tie {
-            for heads in factors.chunks_exact_mut(repeats * width) {
+            for heads in logs.chunks_exact_mut(repeats * width) {
                 for i in 0..width {
-                    let mean = (0..repeats).map(|r| heads[r * width + i]).sum::<f32>() / repeats as f32;
-                    (0..repeats).for_each(|r| heads[r * width + i] = mean);
+                    let tied = mean((0..repeats).filter_map(|r| heads[r * width + i]));
+                    (0..repeats).for_each(|r| heads[r * width + i] = tied);
                 }
             }
         }
-        let mean = factors.iter().sum::<f32>() / factors.len() as f32;
-        factors.iter().map(|f| (f - mean).exp().clamp(1.0 / LIMIT, LIMIT)).collect()
+        let mean = mean(logs.iter().flatten().copied()).unwrap_or(0.0);
+        let factor = |log: Option<f32>| log.map_or(1.0, |f| (f - mean).exp().clamp(1.0 / LIMIT, LIMIT));
+        logs.into_iter().map(factor).collect()
     }
 
     /// The relative squared error of the outputs under max scales, summed over members.
@@ -140,8 +142,10 @@ impl<S: Solver> Choice<'_, S> {
     }
 }
 
-fn smallest_positive(values: &[f32]) -> f32 {
-    values.iter().copied().filter(|&x| x > 0.0).fold(f32::MAX, f32::min)
+/// The mean of numbers; none where there are none.
+fn mean(values: impl Iterator<Item = f32>) -> Option<f32> {
+    let (sum, count) = values.fold((0.0, 0), |(sum, count), x| (sum + x, count + 1));
+    (count > 0).then(|| sum / count as f32)
 }
 
 #[cfg(test)]
@@ -208,7 +212,7 @@ mod tests {
     }
 
     #[test]
-    fn dead_and_constant_channels_give_finite_factors() {
+    fn channels_without_inputs_or_weights_are_left_as_they_are() {
         let n = 32;
         let mut x = noise(50 * n, 4);
         x.chunks_exact_mut(n).for_each(|row| (row[0] = 0.0, row[7] = 1.0).0);
@@ -221,6 +225,8 @@ mod tests {
         let choice = choice(&cpu, &members, &moments, &x);
         for (name, factors) in choice.candidates().unwrap() {
             assert!(factors.iter().all(|f| (1.0 / LIMIT..=LIMIT).contains(f)), "{name}: {factors:?}");
+            assert_eq!((factors[0], factors[9]), (1.0, 1.0), "{name}");
+            assert_ne!(factors[7], 1.0, "{name}");
         }
     }
 

@@ -23,27 +23,10 @@ impl<M> SiteStatistics<M> {
         self.amax.len()
     }
 
-    /// Applies a fold: channel `i` will be multiplied by `factors[i]`. Every sum follows in closed form.
-    ///
-    /// # Errors
-    /// What the device returns.
-    pub fn fold<S: Solver<Matrix = M>>(&mut self, solver: &S, factors: &[f32]) -> Result<()> {
-        for (i, &factor) in factors.iter().enumerate() {
-            self.amax[i] *= factor;
-            self.squares[i] *= factor * factor;
-        }
-        if let Some(products) = &mut self.products {
-            solver.scale(products, Some(factors), Some(factors))?;
-        }
-        for rows in [Some(&mut self.fit), self.held_out.as_mut()].into_iter().flatten() {
-            solver.scale(rows, None, Some(factors))?;
-        }
-        Ok(())
-    }
-
-    /// `max |x|` over all channels; NaN where any is NaN.
-    pub fn input_amax(&self) -> f32 {
-        crate::nvfp4::amax(&self.amax)
+    /// `max |x|` over all channels, each multiplied by its factor; NaN where any is NaN.
+    pub fn input_amax(&self, factors: &[f32]) -> f32 {
+        let folded: Vec<f32> = self.amax.iter().zip(factors).map(|(x, factor)| x * factor).collect();
+        crate::nvfp4::amax(&folded)
     }
 
     /// Rows to judge with: the held-out ones where there are any.
@@ -60,5 +43,13 @@ impl<M> SiteStatistics<M> {
             None => Ok(self.squares.clone()),
             Some(products) => solver.diagonal(products),
         }
+    }
+    /// Gives up the products, which are large. Their diagonal still says how much each channel's weights matter.
+    ///
+    /// # Errors
+    /// What the device returns.
+    pub fn take_products<S: Solver<Matrix = M>>(&mut self, solver: &S) -> Result<Option<M>> {
+        self.squares = self.importance(solver)?;
+        Ok(self.products.take())
     }
 }

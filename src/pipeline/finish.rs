@@ -238,7 +238,7 @@ impl<B: Solver> Finisher<'_, B> {
             for (linear, amax) in group.members.iter().zip(maxima) {
                 healthy("weights", &linear.weight(), amax)?;
             }
-            let amax = statistics[group.site as usize].input_amax();
+            let amax = crate::nvfp4::amax(&statistics[group.site as usize].amax);
             healthy_input(layer, &group.members[0].name, amax)?;
         }
         let norms = job.model.layer_norms(layer).map(|norm| job.checkpoint.tensor(&norm.name));
@@ -257,13 +257,9 @@ impl<B: Solver> Finisher<'_, B> {
             tokens: job.sampling.fit_tokens,
             quantized_inputs: job.quantized_inputs,
         };
-        let folds = described.folds(job.method, &statistics)?;
-        self.seconds += started.elapsed().as_secs_f64();
-
-        self.copy(part, &rewritten(job, layer, &folds)?)?;
-        let mut groups = Vec::new();
-        let mut started = Instant::now();
-        described.quantize(job.method, &folds, &mut statistics, &mut |group| {
+        let mut folds = described.folds(job.method, &statistics)?;
+        let (mut groups, mut started) = (Vec::new(), started);
+        described.quantize(job.method, &mut folds, &mut statistics, &mut |group| {
             self.seconds += started.elapsed().as_secs_f64();
             let spec =
                 quantized.iter().find(|spec| spec.site == group.site).expect("only these were asked for");
@@ -288,6 +284,8 @@ impl<B: Solver> Finisher<'_, B> {
             started = Instant::now();
             Ok(())
         })?;
+        // Choosing codes may give up a fold, so norms and biases are known last.
+        self.copy(part, &rewritten(job, layer, &folds)?)?;
         self.place(ToPlace::Part(part, groups))
     }
 

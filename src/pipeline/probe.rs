@@ -236,8 +236,8 @@ impl<'a, B: Solver> Sample<'a, B> {
             quantized_inputs: probe.quantized_inputs,
         };
         let started = Instant::now();
-        let folds = layer.folds(probe.method, &statistics)?;
-        layer.quantize(probe.method, &folds, &mut statistics, &mut |_| Ok(()))?;
+        let mut folds = layer.folds(probe.method, &statistics)?;
+        layer.quantize(probe.method, &mut folds, &mut statistics, &mut |_| Ok(()))?;
         Ok(started.elapsed().as_secs_f64())
     }
 

@@ -7,7 +7,7 @@ use cudarc::driver::{CudaSlice, DevicePtr, LaunchConfig};
 
 use super::kernels::{SolverKernels, launch};
 use super::{Cuda, DeviceSums, THREADS, Tensor, threads_for};
-use crate::backend::{Columns, Compute, Solver};
+use crate::backend::{Columns, Compute, Solver, relative};
 use crate::error::{Error, Result};
 use crate::nvfp4::{BLOCK, GlobalScale, QuantizedLinear};
 
@@ -299,7 +299,7 @@ impl Solver for Cuda {
             b.len() as u64, self.there(&sums))?;
         let sums = self.fetch(&sums)?;
         let total = |first: usize| sums[first..].iter().step_by(2).sum::<f64>();
-        Ok(total(0) / total(1))
+        Ok(relative(total(0), total(1)))
     }
 
     fn round_max(&self, w: &Matrix, global: GlobalScale) -> Result<Codes> {

@@ -7,7 +7,7 @@ use rayon::prelude::*;
 
 use super::sums::Sums;
 use super::{Cpu, Tensor};
-use crate::backend::{Backend, Columns, Solver};
+use crate::backend::{Backend, Columns, Solver, relative};
 use crate::error::Result;
 use crate::nvfp4::activation::quantize_dequantize;
 use crate::nvfp4::{GlobalScale, QuantizedLinear, amax};
@@ -119,7 +119,7 @@ impl Solver for Cpu {
                 .collect()
         });
         let (error, norm) = parts.into_iter().fold((0.0, 0.0), |sum, part| (sum.0 + part.0, sum.1 + part.1));
-        Ok(error / norm)
+        Ok(relative(error, norm))
     }
 
     fn round_max(&self, w: &Matrix, global: GlobalScale) -> Result<QuantizedLinear> {
