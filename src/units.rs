@@ -14,6 +14,11 @@ pub fn binary(bytes: u64) -> String {
     if unit == 0 { format!("{bytes} B") } else { format!("{value:.2} {}", units[unit]) }
 }
 
+/// A number with the word for one or for several: `1 file`, `2 files`.
+pub fn counted(n: usize, one: &str, several: &str) -> String {
+    format!("{n} {}", if n == 1 { one } else { several })
+}
+
 /// Seconds in the unit that fits: `350 ms`, `12.3 s`, `4 min 05 s`, `2 h 10 min`.
 pub fn duration(seconds: f64) -> String {
     if seconds < 1.0 {

@@ -2,6 +2,7 @@
 //! Knows names, dtypes, shapes and bytes, not how numbers are chosen.
 
 mod convert;
+mod declared;
 mod guard;
 mod header;
 mod layout;
@@ -13,10 +14,11 @@ mod source;
 mod writer;
 
 pub use convert::{narrow, stored, widen};
+pub use declared::{Declared, LinearScheme, declared_layout, strings};
 pub use header::{Header, HeaderTensor, read_header};
 pub use layout::{Layout, LinearNames, Scheme, quantization_files};
 pub use output::{Existing, OutputDir};
 pub use placement::{OutTensor, Placement, Shard, Slot};
 pub use sidefiles::{copy_side_files, is_side_file};
-pub use source::{Checkpoint, Entry, SourceTensor};
+pub use source::{Checkpoint, Entry, SourceTensor, snapshot};
 pub use writer::OutputFiles;

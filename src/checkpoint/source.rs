@@ -351,7 +351,10 @@ impl Checkpoint {
 }
 
 /// The directory itself, or the only snapshot of a Hugging Face cache folder.
-fn snapshot(dir: &Path) -> Result<PathBuf> {
+///
+/// # Errors
+/// Exit code 3 where there is no such directory, or several snapshots.
+pub fn snapshot(dir: &Path) -> Result<PathBuf> {
     if !dir.is_dir() {
         return Err(Error::input("there is no such directory")
             .file(dir)

@@ -29,6 +29,6 @@ pub fn run(args: &Args, cluster: &Cluster) -> Result<()> {
         }
         Err(Error::verify(format!("broken rules: {}", report.failed_rules().join(", ")))
             .file(&args.out)
-            .fix("quantize again; do not serve this directory"))
+            .fix(report.advice()))
     })
 }

@@ -42,8 +42,8 @@ pub fn page(report: &RunReport) -> String {
         .collect();
     let mut out = format!(
         "<!doctype html><html lang=\"en\"><meta charset=\"utf-8\"><title>distq: {title}</title><style>{STYLE}</style>\n\
-         <h1>{title}</h1><p>{scheme}, {layout} layout, method {method}: {from} to {to} in {time}; {passed} rules met, \
-         {broken} broken. Written by distq {version}.</p>\n",
+         <h1>{title}</h1><p>{scheme}, {layout} layout, method {method}: {from} to {to} in {time}; {verified}. \
+         Written by distq {version}.</p>\n",
         title = escape(&report.model),
         scheme = report.scheme,
         layout = report.layout,
@@ -51,8 +51,7 @@ pub fn page(report: &RunReport) -> String {
         from = binary(report.source_bytes),
         to = binary(report.output_bytes),
         time = duration(report.seconds.total),
-        passed = report.verification.summary.passed,
-        broken = report.verification.summary.errors,
+        verified = report.verification.summary,
         version = report.version,
     );
     if let Some(calibration) = &report.calibration {

@@ -201,27 +201,22 @@ impl fmt::Display for RunReport {
                 health.nan,
             )?;
         }
-        let error = &self.verification.summary;
-        if let Some(relative) = error.mean_relative_error {
-            writeln!(
-                f,
-                "relative error of weights: mean {relative:.4}, largest {:.4}",
-                error.max_relative_error
-            )?;
+        let verified = &self.verification.summary;
+        if let (Some(mean), Some(largest)) = (verified.mean_relative_error, verified.max_relative_error) {
+            writeln!(f, "relative error of weights: mean {mean:.4}, largest {largest:.4}")?;
         }
         writeln!(
             f,
-            "{} to {} ({:.1}%), proven by {} rules, in {} ({} preparing, {} walking of {} \
-             expected, {} proving)",
+            "{} to {} ({:.1}%) in {} ({} preparing, {} walking of {} expected, {} proving); verified, {}",
             binary(self.source_bytes),
             binary(self.output_bytes),
             100.0 * self.output_bytes as f64 / self.source_bytes as f64,
-            error.passed,
             duration(self.seconds.total),
             duration(self.seconds.prepare),
             duration(self.seconds.walk),
             duration(self.seconds.walk_expected),
             duration(self.seconds.prove),
+            verified,
         )?;
         write!(f, "written to {}", self.out)
     }

@@ -2,10 +2,9 @@
 
 use serde_json::{Map, Value};
 
-use super::scheme::{LinearScheme, strings};
 use super::subject::{Subject, object};
-use super::{Concerns, Findings, Rule};
-use crate::checkpoint::Layout;
+use super::{Concerns, Findings, Rule, any};
+use crate::checkpoint::{Layout, LinearScheme, strings};
 
 const CT: Concerns = Concerns::Config(Some(Layout::CompressedTensors));
 const MODELOPT: Concerns = Concerns::Config(Some(Layout::Modelopt));
@@ -15,43 +14,52 @@ pub(super) const RULES: &[Rule] = &[
         id: "A1",
         title: "config.json declares a known quantization",
         concerns: Concerns::Directory,
+        about: any,
         check: declared,
     },
-    Rule { id: "A2", title: "every group's arguments are NVFP4's", concerns: CT, check: group_arguments },
+    Rule {
+        id: "A2",
+        title: "every group's arguments are NVFP4's",
+        concerns: CT,
+        about: any,
+        check: group_arguments,
+    },
     Rule {
         id: "B1",
         title: "config.json declares ModelOpt's NVFP4",
         concerns: MODELOPT,
+        about: any,
         check: modelopt_declared,
     },
     Rule {
         id: "B2",
         title: "hf_quant_config.json agrees with config.json",
         concerns: MODELOPT,
+        about: any,
         check: second_file_agrees,
     },
     Rule {
         id: "B6",
         title: "exclusions reach what they name and nothing else",
         concerns: MODELOPT,
+        about: any,
         check: exclusions,
     },
-    Rule { id: "B8", title: "mixed precision lists its linears", concerns: MODELOPT, check: mixed_lists },
+    Rule {
+        id: "B8",
+        title: "mixed precision lists its linears",
+        concerns: MODELOPT,
+        about: is_mixed,
+        check: mixed_lists,
+    },
 ];
-
-fn quantization(subject: &Subject) -> &Value {
-    match &subject.config {
-        Ok(config) => config.get("quantization_config").unwrap_or(&Value::Null),
-        Err(_) => &Value::Null,
-    }
-}
 
 /// A loader that does not recognise the quantization reads packed codes as weights.
 fn declared(subject: &Subject, findings: &mut Findings) {
     if let Err(fault) = &subject.config {
         return findings.error(fault.clone());
     }
-    let quantization = quantization(subject);
+    let quantization = subject.quantization();
     match subject.layout {
         None => findings.error(format!(
             "quant_method is {}, not compressed-tensors or modelopt",
@@ -71,6 +79,7 @@ fn declared(subject: &Subject, findings: &mut Findings) {
     if let Err(fault) = &subject.model {
         findings.error(fault.clone());
     }
+    subject.schemes.faults.iter().for_each(|fault| findings.error(format!("quantization_config: {fault}")));
 }
 
 /// Keys that compressed-tensors knows; an unknown one is a validation error there.
@@ -93,7 +102,8 @@ const ARGUMENTS: [&str; 14] = [
 
 /// A wrong argument is an exception in one loader and another number format in the next.
 fn group_arguments(subject: &Subject, findings: &mut Findings) {
-    let Some(groups) = quantization(subject)["config_groups"].as_object().filter(|groups| !groups.is_empty())
+    let Some(groups) =
+        subject.quantization()["config_groups"].as_object().filter(|groups| !groups.is_empty())
     else {
         return findings.error("there are no config_groups");
     };
@@ -138,7 +148,7 @@ fn arguments(place: &str, arguments: &Value, dynamic: &Value, findings: &mut Fin
 
 /// vLLM and TensorRT-LLM choose their kernels by these fields.
 fn modelopt_declared(subject: &Subject, findings: &mut Findings) {
-    let quantization = quantization(subject);
+    let quantization = subject.quantization();
     let algorithm = quantization["quant_algo"].as_str().unwrap_or_default();
     if !["NVFP4", "W4A16_NVFP4", "MIXED_PRECISION"].contains(&algorithm) {
         findings.error(format!("quant_algo is {algorithm:?}"));
@@ -160,7 +170,10 @@ fn second_file_agrees(subject: &Subject, findings: &mut Findings) {
         Ok(second) => second,
         Err(fault) => return findings.error(fault),
     };
-    let (first, second) = (quantization(subject), &second["quantization"]);
+    let first = subject.quantization();
+    let Some(second) = second.get("quantization").filter(|second| second.is_object()) else {
+        return findings.error("hf_quant_config.json: there is no object \"quantization\"");
+    };
     if first["quant_algo"] != second["quant_algo"] {
         findings.error(format!(
             "quant_algo is {} here and {} in config.json",
@@ -184,37 +197,33 @@ fn second_file_agrees(subject: &Subject, findings: &mut Findings) {
     if second["group_size"].as_u64() != Some(16) {
         findings.error(format!("group_size is {}, not 16", second["group_size"]));
     }
-    match second.get("kv_cache_quant_algo") {
-        Some(Value::Null) => {}
-        Some(Value::String(algo)) if algo == "FP8" => {}
-        other => findings.error(format!("kv_cache_quant_algo is {other:?}, not null or FP8")),
+    match &second["kv_cache_quant_algo"] {
+        Value::Null => {}
+        algo if algo == "FP8" || algo == "NVFP4" => {}
+        other => findings.error(format!("kv_cache_quant_algo is {other}, not null, \"FP8\" or \"NVFP4\"")),
     }
 }
 
 /// ModelOpt's loaders take a pattern as any part of a name, so `gate` removes gate_proj and
 /// `model.layers.1` removes layers 10 to 19 as well.
 fn exclusions(subject: &Subject, findings: &mut Findings) {
-    let patterns = &subject.schemes.ignore;
-    let mixed = quantization(subject)["quant_algo"] == "MIXED_PRECISION";
-    if !mixed && subject.schemes.of_module("lm_head") != LinearScheme::Plain {
+    if !is_mixed(subject) && subject.schemes.of_module("lm_head") != LinearScheme::Plain {
         findings.error("lm_head is not listed in ignore, so loaders build it quantized");
     }
-    let linears = subject.linears();
-    for pattern in patterns.iter().filter(|pattern| !pattern.contains('*')) {
-        let mut modules = linears.iter().map(|linear| linear.name.as_str());
-        let accidental = modules.find(|name| *name != pattern && name.contains(pattern.as_str()));
-        if let Some(name) = accidental {
-            findings.error(format!("{pattern:?} is a part of {name} and removes it too"));
-        }
+    for (pattern, module) in
+        subject.schemes.accidental.iter().filter(|(_, module)| module.contains(".layers."))
+    {
+        findings.error(format!("{pattern:?} is a part of {module} and removes it too"));
     }
+}
+
+fn is_mixed(subject: &Subject) -> bool {
+    subject.quantization()["quant_algo"] == "MIXED_PRECISION"
 }
 
 /// In a mixed checkpoint only what is listed is quantized, and both files are read.
 fn mixed_lists(subject: &Subject, findings: &mut Findings) {
-    let first = quantization(subject);
-    if first["quant_algo"] != "MIXED_PRECISION" {
-        return;
-    }
+    let first = subject.quantization();
     let Some(layers) = first["quantized_layers"].as_object() else {
         return findings.error("there is no quantized_layers");
     };

@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 use serde_json::Value;
 
 use super::subject::Subject;
-use super::{Concerns, Findings, Rule};
+use super::{Concerns, Findings, Rule, any};
 use crate::checkpoint::Layout;
 
 pub(super) const RULES: &[Rule] = &[
@@ -13,18 +13,21 @@ pub(super) const RULES: &[Rule] = &[
         id: "A13",
         title: "files, headers and index agree",
         concerns: Concerns::Directory,
+        about: any,
         check: files_agree,
     },
     Rule {
         id: "A14",
         title: "no files that loaders would take instead",
         concerns: Concerns::Directory,
+        about: any,
         check: no_strangers,
     },
     Rule {
         id: "A16",
         title: "tokenizer and generation settings can be served",
         concerns: Concerns::Directory,
+        about: any,
         check: side_files,
     },
 ];

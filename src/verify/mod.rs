@@ -5,12 +5,13 @@
 //! (ModelOpt), S1 to S4 (against the source).
 
 mod config_rules;
+mod description;
 mod file_rules;
 mod folds;
 mod report;
+mod same_config;
 mod scale_rules;
 mod scan;
-mod scheme;
 mod source_rules;
 mod subject;
 mod tensor_rules;
@@ -19,6 +20,7 @@ mod tests;
 
 use std::path::Path;
 
+pub use description::{Description, describe};
 pub use report::{Level, Report, RuleResult, Summary, TensorError};
 
 use crate::checkpoint::Layout;
@@ -44,12 +46,20 @@ impl Findings {
     }
 }
 
-/// A rule: its name, what it asks for, what it needs to be judged, and the check.
+/// A rule: its name, what it asks for, what it needs to be judged, whether there is anything to judge, and the check.
 struct Rule {
     id: &'static str,
     title: &'static str,
     concerns: Concerns,
+    /// Whether the checkpoint has what the rule is about. Asked only where the rule can be judged; a rule about
+    /// something that is not there does not apply, and is not met either.
+    about: fn(&Subject) -> bool,
     check: fn(&Subject, &mut Findings),
+}
+
+/// For rules that have something to judge in every checkpoint.
+fn any(_: &Subject) -> bool {
+    true
 }
 
 /// When a rule is judged.
@@ -73,7 +83,8 @@ const LISTED: usize = 5;
 /// Verifies `dir`, against the checkpoint in `source` where one is given.
 ///
 /// # Errors
-/// Exit code 3 where `source` can't be opened. What is wrong with `dir` is in the report.
+/// Exit code 3 where there is no quantized checkpoint in `dir`, or `source` can't be opened; 5 where the source can't
+/// be read. What is wrong with `dir` is in the report.
 pub fn verify(dir: &Path, source: Option<&Path>) -> Result<Report> {
     Proof::begin(dir, source)?.finish()
 }
@@ -87,7 +98,7 @@ impl Proof {
     /// Opens the directory, whose files, headers and descriptions must be there, and the source.
     ///
     /// # Errors
-    /// Exit code 3 where `source` can't be opened.
+    /// Exit code 3 where `dir` holds no quantized checkpoint, or `source` can't be opened.
     pub fn begin(dir: &Path, source: Option<&Path>) -> Result<Proof> {
         Ok(Proof { subject: Subject::open(dir, source)? })
     }
@@ -118,31 +129,34 @@ impl Proof {
             return Err(error.clone());
         }
         results.sort_by_key(|rule: &RuleResult| (rule.id.as_bytes()[0], rule.id[1..].parse().unwrap_or(0u8)));
-        Ok(Report::new(subject.layout, results, subject.errors()))
+        Ok(Report::new(Description::of(&subject), results, subject.errors()))
     }
 }
 
 fn judge(subject: &Subject, rules: &[Rule], results: &mut Vec<RuleResult>) {
     for rule in rules {
         let mut findings = Findings::default();
-        let judged = match rule.concerns {
-            Concerns::Directory => true,
-            Concerns::Config(layout) => subject.config.is_ok() && subject.has_layout(layout),
-            Concerns::Tensors(layout) => readable(subject, results) && subject.has_layout(layout),
-            Concerns::Values(layout) => subject.scanned && subject.has_layout(layout),
-            Concerns::Source => subject.scanned && subject.source.is_some(),
+        let (concerned, possible) = match rule.concerns {
+            Concerns::Directory => (true, true),
+            Concerns::Config(layout) => (subject.has_layout(layout), subject.config.is_ok()),
+            Concerns::Tensors(layout) => (subject.has_layout(layout), readable(subject, results)),
+            Concerns::Values(layout) => (subject.has_layout(layout), subject.scanned),
+            Concerns::Source => (subject.source.is_some(), subject.scanned),
         };
-        if judged {
+        let level = if !concerned {
+            Level::NotApplicable
+        } else if !possible {
+            Level::NotJudged
+        } else if !(rule.about)(subject) {
+            Level::NotApplicable
+        } else {
             (rule.check)(subject, &mut findings);
-        }
+            findings.level.unwrap_or(Level::Pass)
+        };
         results.push(RuleResult {
             id: rule.id,
             title: rule.title,
-            level: match findings.level {
-                _ if !judged => Level::NotApplicable,
-                None => Level::Pass,
-                Some(level) => level,
-            },
+            level,
             count: findings.texts.len(),
             findings: findings.texts.into_iter().take(LISTED).collect(),
         });

@@ -2,14 +2,17 @@
 
 use std::fmt;
 
-use crate::checkpoint::Layout;
+use super::description::Description;
+use crate::units::counted;
 
 /// How a rule was met.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, serde::Serialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Level {
-    /// The rule does not concern this output, or an earlier failure keeps it from being judged.
+    /// The checkpoint has nothing that the rule is about.
     NotApplicable,
+    /// An earlier failure keeps it from being judged.
+    NotJudged,
     /// Met.
     Pass,
     /// Legal, but worth a look.
@@ -49,6 +52,8 @@ pub struct TensorError {
 /// The outcome in a few numbers.
 #[derive(Clone, Debug, Default, PartialEq, serde::Serialize)]
 pub struct Summary {
+    /// Rules that had something to judge, and were judged.
+    pub judged: usize,
     /// Rules that were met.
     pub passed: usize,
     /// Rules with warnings only.
@@ -57,15 +62,16 @@ pub struct Summary {
     pub errors: usize,
     /// Mean of the tensors' relative errors, where a source was given.
     pub mean_relative_error: Option<f64>,
-    /// The largest relative error; 0 without a source.
-    pub max_relative_error: f64,
+    /// The largest relative error, where a source was given.
+    pub max_relative_error: Option<f64>,
 }
 
 /// The whole outcome.
 #[derive(Clone, Debug, PartialEq, serde::Serialize)]
 pub struct Report {
-    /// The layout that config.json declares, where it could be read.
-    pub layout: Option<Layout>,
+    /// What the checkpoint says of itself.
+    #[serde(flatten)]
+    pub description: Description,
     /// The outcome in a few numbers.
     pub summary: Summary,
     /// Every rule, in order.
@@ -75,23 +81,38 @@ pub struct Report {
 }
 
 impl Report {
-    pub(super) fn new(layout: Option<Layout>, rules: Vec<RuleResult>, tensors: Vec<TensorError>) -> Report {
+    pub(super) fn new(description: Description, rules: Vec<RuleResult>, tensors: Vec<TensorError>) -> Report {
         let count = |level| rules.iter().filter(|rule| rule.level == level).count();
         let errors = tensors.iter().map(|tensor| tensor.relative_error);
+        let (passed, warnings, broken) = (count(Level::Pass), count(Level::Warning), count(Level::Error));
         let summary = Summary {
-            passed: count(Level::Pass),
-            warnings: count(Level::Warning),
-            errors: count(Level::Error),
+            judged: passed + warnings + broken,
+            passed,
+            warnings,
+            errors: broken,
             mean_relative_error: (!tensors.is_empty())
                 .then(|| errors.clone().sum::<f64>() / tensors.len() as f64),
-            max_relative_error: errors.fold(0.0, f64::max),
+            // NaN is the largest.
+            max_relative_error: errors.max_by(f64::total_cmp),
         };
-        Report { layout, summary, rules, tensors }
+        Report { description, summary, rules, tensors }
     }
 
     /// Whether no rule is broken.
     pub fn passed(&self) -> bool {
         self.summary.errors == 0
+    }
+
+    /// What to do where a rule is broken, which depends on whose work the checkpoint is.
+    pub fn advice(&self) -> String {
+        let again = match &self.description.producer {
+            Some(producer) if producer.starts_with("distq") => {
+                "quantize again with distq quantize".to_string()
+            }
+            Some(producer) => format!("export it again with the program that wrote it ({producer})"),
+            None => "make it again with the program that wrote it".to_string(),
+        };
+        format!("do not serve this directory; copy it again from where it was made, or {again}")
     }
 
     /// The names of the broken rules.
@@ -100,11 +121,30 @@ impl Report {
     }
 }
 
+impl fmt::Display for Summary {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Summary { judged, passed, warnings, errors, .. } = self;
+        write!(f, "{}: {passed} met", counted(*judged, "rule judged", "rules judged"))?;
+        if *warnings > 0 {
+            write!(f, ", {}", counted(*warnings, "with a warning", "with warnings"))?;
+        }
+        if *errors > 0 {
+            write!(f, ", {errors} broken")?;
+        }
+        Ok(())
+    }
+}
+
 impl fmt::Display for Report {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        writeln!(f, "{}", self.description)?;
+        let names = |level: Level| {
+            let rules = self.rules.iter().filter(|rule| rule.level == level).map(|rule| rule.id);
+            rules.collect::<Vec<_>>().join(", ")
+        };
         for rule in &self.rules {
             let level = match rule.level {
-                Level::NotApplicable => "-",
+                Level::NotApplicable | Level::NotJudged => continue,
                 Level::Pass => "pass",
                 Level::Warning => "WARN",
                 Level::Error => "FAIL",
@@ -117,11 +157,39 @@ impl fmt::Display for Report {
                 writeln!(f, "           and {} more", rule.count - rule.findings.len())?;
             }
         }
-        if let Some(mean) = self.summary.mean_relative_error {
-            let (tensors, max) = (self.tensors.len(), self.summary.max_relative_error);
-            writeln!(f, "relative error of {tensors} weights: mean {mean:.4}, largest {max:.4}")?;
+        if let (Some(mean), Some(max)) = (self.summary.mean_relative_error, self.summary.max_relative_error) {
+            let tensors = counted(self.tensors.len(), "weight", "weights");
+            writeln!(f, "relative error of {tensors}: mean {mean:.4}, largest {max:.4}")?;
         }
-        let Summary { passed, warnings, errors, .. } = self.summary;
-        write!(f, "{passed} rules met, {warnings} with warnings, {errors} broken")
+        for (level, what) in [
+            (Level::NotApplicable, "nothing to judge"),
+            (Level::NotJudged, "not judged because of what is broken"),
+        ] {
+            let names = names(level);
+            if !names.is_empty() {
+                writeln!(f, "{what}: {names}")?;
+            }
+        }
+        write!(f, "{}", self.summary)
+    }
+}
+
+impl fmt::Display for Description {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self.layout {
+            Some(layout) => write!(f, "layout {layout}")?,
+            None => write!(f, "unknown layout")?,
+        }
+        write!(f, ", {}", self.scheme.as_deref().unwrap_or("no linear quantized"))?;
+        if let Some(method) = &self.method {
+            write!(f, ", method {method}")?;
+        }
+        if let Some(kv_cache) = &self.kv_cache {
+            write!(f, ", KV cache {kv_cache}")?;
+        }
+        match &self.producer {
+            Some(producer) => write!(f, ", written by {producer}"),
+            None => Ok(()),
+        }
     }
 }

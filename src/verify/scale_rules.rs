@@ -10,15 +10,70 @@ const CT: Concerns = Concerns::Values(Some(Layout::CompressedTensors));
 const MODELOPT: Concerns = Concerns::Values(Some(Layout::Modelopt));
 
 pub(super) const RULES: &[Rule] = &[
-    Rule { id: "A6", title: "global scales are usable divisors", concerns: CT, check: divisors },
-    Rule { id: "A7", title: "block scales are valid", concerns: ANY, check: block_scales },
-    Rule { id: "A8", title: "the largest block scale uses the format's range", concerns: ANY, check: range },
-    Rule { id: "A9", title: "fused linears share their global scales", concerns: CT, check: shared },
-    Rule { id: "A17", title: "codes and scales are not degenerate", concerns: ANY, check: content },
-    Rule { id: "A18", title: "input scales were measured", concerns: CT, check: measured },
-    Rule { id: "B4", title: "global scales are usable multipliers", concerns: MODELOPT, check: multipliers },
-    Rule { id: "B5", title: "fused linears share their global scales", concerns: MODELOPT, check: shared },
+    Rule {
+        id: "A6",
+        title: "global scales are usable divisors",
+        concerns: CT,
+        about: has_linears,
+        check: divisors,
+    },
+    Rule {
+        id: "A7",
+        title: "block scales are valid",
+        concerns: ANY,
+        about: has_linears,
+        check: block_scales,
+    },
+    Rule {
+        id: "A8",
+        title: "the largest block scale uses the format's range",
+        concerns: ANY,
+        about: has_linears,
+        check: range,
+    },
+    Rule {
+        id: "A9",
+        title: "fused linears share their global scales",
+        concerns: CT,
+        about: has_fused,
+        check: shared,
+    },
+    Rule {
+        id: "A17",
+        title: "codes and scales are not degenerate",
+        concerns: ANY,
+        about: has_linears,
+        check: content,
+    },
+    Rule { id: "A18", title: "input scales were measured", concerns: CT, about: has_inputs, check: measured },
+    Rule {
+        id: "B4",
+        title: "global scales are usable multipliers",
+        concerns: MODELOPT,
+        about: has_linears,
+        check: multipliers,
+    },
+    Rule {
+        id: "B5",
+        title: "fused linears share their global scales",
+        concerns: MODELOPT,
+        about: has_fused,
+        check: shared,
+    },
 ];
+
+fn has_linears(subject: &Subject) -> bool {
+    !subject.linears.is_empty() || !subject.unread.is_empty()
+}
+
+fn has_inputs(subject: &Subject) -> bool {
+    subject.linears.iter().any(|scan| scan.input_global.is_some())
+}
+
+/// Whether two linears of a group are quantized.
+fn has_fused(subject: &Subject) -> bool {
+    subject.linears.windows(2).any(|pair| pair[0].group == pair[1].group)
+}
 
 /// A zero or infinite divisor makes every output of the layer NaN; a multiplier in its place loads without
 /// an error and is garbage.
@@ -72,6 +127,7 @@ fn usable(scale: f32) -> bool {
 
 /// Marlin drops a scale's sign, NaN spreads, and a zero scale over codes loses a block.
 fn block_scales(subject: &Subject, findings: &mut Findings) {
+    subject.unread.iter().for_each(|module| findings.error(format!("{module}: its tensors can't be read")));
     for scan in &subject.linears {
         let content = &scan.content;
         if content.invalid_scales > 0 {

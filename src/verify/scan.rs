@@ -7,9 +7,8 @@ use rayon::prelude::*;
 use safetensors::Dtype;
 
 use super::folds::LayerFolds;
-use super::scheme::LinearScheme;
 use super::subject::Subject;
-use crate::checkpoint::{Layout, LinearNames, SourceTensor};
+use crate::checkpoint::{Layout, LinearNames, LinearScheme, SourceTensor};
 use crate::model::{Group, LinearSpec};
 use crate::nvfp4::content::Content;
 use crate::nvfp4::{self, BLOCK, Distance, GlobalScale};

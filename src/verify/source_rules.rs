@@ -1,12 +1,10 @@
 //! Rules against the source.
 
 use rayon::prelude::*;
-use serde_json::Value;
 
-use super::scheme::LinearScheme;
 use super::subject::Subject;
-use super::{Concerns, Findings, Rule};
-use crate::checkpoint::{SourceTensor, widen};
+use super::{Concerns, Findings, Rule, any, same_config};
+use crate::checkpoint::{LinearScheme, SourceTensor, widen};
 use crate::model::Site;
 
 const SOURCE: Concerns = Concerns::Source;
@@ -16,11 +14,30 @@ pub(super) const RULES: &[Rule] = &[
         id: "S1",
         title: "every source tensor is quantized or copied byte for byte",
         concerns: SOURCE,
+        about: any,
         check: accounted,
     },
-    Rule { id: "S2", title: "dequantized weights are close to the source", concerns: SOURCE, check: close },
-    Rule { id: "S3", title: "config.json differs by its quantization only", concerns: SOURCE, check: config },
-    Rule { id: "S4", title: "max calibration gives these bytes again", concerns: SOURCE, check: same_bytes },
+    Rule {
+        id: "S2",
+        title: "dequantized weights are close to the source",
+        concerns: SOURCE,
+        about: has_distances,
+        check: close,
+    },
+    Rule {
+        id: "S3",
+        title: "config.json differs by its quantization only",
+        concerns: SOURCE,
+        about: any,
+        check: same_config::check,
+    },
+    Rule {
+        id: "S4",
+        title: "max calibration gives these bytes again",
+        concerns: SOURCE,
+        about: says_max,
+        check: same_bytes,
+    },
 ];
 
 /// A tensor that was lost or changed on its way is a different model.
@@ -80,6 +97,10 @@ fn explained(subject: &Subject, there: &SourceTensor) -> bool {
     here.len() == there.len() && here.iter().zip(&there).all(positive)
 }
 
+fn has_distances(subject: &Subject) -> bool {
+    subject.linears.iter().any(|scan| scan.distance.is_some())
+}
+
 /// NVFP4 loses about 9.5 % of a Gaussian weight's norm. Far more means swapped nibbles, a wrong scale or
 /// another tensor; only a comparison with the source sees that.
 fn close(subject: &Subject, findings: &mut Findings) {
@@ -94,26 +115,13 @@ fn close(subject: &Subject, findings: &mut Findings) {
     }
 }
 
-/// A field of another model left in config.json is another model.
-fn config(subject: &Subject, findings: &mut Findings) {
-    let (Some(source), Ok(config)) = (&subject.source, &subject.config) else { return };
-    let null = Value::Null;
-    let keys = source.config.keys().chain(config.keys());
-    let keys: std::collections::BTreeSet<&String> =
-        keys.filter(|key| *key != "quantization_config").collect();
-    for key in keys {
-        let (here, there) = (config.get(key).unwrap_or(&null), source.config.get(key).unwrap_or(&null));
-        if here != there {
-            findings.error(format!("{key} is {here}, the source says {there}"));
-        }
-    }
+/// Whether the files say that they hold max calibration.
+fn says_max(subject: &Subject) -> bool {
+    subject.method.as_deref() == Some("max") && subject.linears.iter().any(|scan| scan.differing.is_some())
 }
 
 /// Where the files say that they hold max calibration, the source determines every byte.
 fn same_bytes(subject: &Subject, findings: &mut Findings) {
-    if subject.method.as_deref() != Some("max") {
-        return;
-    }
     for scan in subject.linears.iter().filter(|scan| scan.differing.is_some_and(|bytes| bytes > 0)) {
         let bytes = scan.differing.unwrap_or(0);
         findings.error(format!("{}: {bytes} bytes of codes and scales differ", scan.module));

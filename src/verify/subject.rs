@@ -12,9 +12,10 @@ use serde_json::{Map, Value};
 use super::folds::LayerFolds;
 use super::report::TensorError;
 use super::scan::{LinearScan, scan_group};
-use super::scheme::{LinearScheme, Schemes};
-use crate::checkpoint::{Checkpoint, Layout, LinearNames, read_header};
-use crate::error::Result;
+use crate::checkpoint::{
+    Checkpoint, Declared, Layout, LinearNames, LinearScheme, declared_layout, read_header, snapshot,
+};
+use crate::error::{Error, Result};
 use crate::methods::Method;
 use crate::model::{Group, LinearSpec, ModelConfig};
 
@@ -44,7 +45,7 @@ pub struct Subject {
     /// The model that it describes, or why it does not.
     pub model: Result<ModelConfig, String>,
     /// Which linears are quantized, and how, as the configuration says.
-    pub schemes: Schemes,
+    pub schemes: Declared,
     /// The safetensors files.
     pub files: Vec<(String, File)>,
     /// What is wrong with files and headers.
@@ -57,6 +58,8 @@ pub struct Subject {
     pub index: Option<Result<Map<String, Value>, String>>,
     /// The method that the files' metadata name.
     pub method: Option<String>,
+    /// The program that the files' metadata name.
+    pub producer: Option<String>,
     /// Whether distq wrote the files.
     pub ours: bool,
     /// The source.
@@ -65,17 +68,21 @@ pub struct Subject {
     read: BTreeMap<usize, Vec<LinearScan>>,
     /// The same of all layers, in order, once all have been read.
     pub linears: Vec<LinearScan>,
+    /// Quantized linears whose bytes could not be read.
+    pub unread: Vec<String>,
     /// Whether `linears` is filled.
     pub scanned: bool,
 }
 
 impl Subject {
     /// Opens what can be opened.
+    ///
+    /// # Errors
+    /// Exit code 3 where there is no checkpoint to look at, or no source.
     pub fn open(dir: &Path, source: Option<&Path>) -> Result<Subject> {
+        let dir = &snapshot(dir)?;
         let source = source.map(Checkpoint::open).transpose()?;
-        let listing = fs::read_dir(dir).into_iter().flatten().flatten();
-        let listing: BTreeSet<String> =
-            listing.filter_map(|entry| entry.file_name().into_string().ok()).collect();
+        let listing = listing(dir)?;
         let config = object(&dir.join("config.json"));
         let layout = config.as_ref().ok().and_then(declared_layout);
         let model = match &config {
@@ -86,7 +93,7 @@ impl Subject {
         let mut subject = Subject {
             dir: dir.to_path_buf(),
             index: listing.contains(index_name).then(|| object(&dir.join(index_name))),
-            schemes: Schemes::of(layout, config.as_ref().ok()),
+            schemes: Declared::default(),
             config,
             layout,
             model,
@@ -95,17 +102,53 @@ impl Subject {
             tensors: BTreeMap::new(),
             doubled: vec![],
             method: None,
+            producer: None,
             ours: false,
             source,
             read: BTreeMap::new(),
             linears: vec![],
+            unread: vec![],
             scanned: false,
             listing,
         };
         let names: Vec<String> =
             subject.listing.iter().filter(|name| name.ends_with(".safetensors")).cloned().collect();
         names.iter().for_each(|name| subject.add_file(name));
+        subject.check_is_quantized()?;
+        subject.declare();
         Ok(subject)
+    }
+
+    /// Reads how the configuration says that each linear is stored. The names of more layers than there are tensors
+    /// might not fit into memory, and are not made.
+    fn declare(&mut self) {
+        let (Ok(config), Ok(model)) = (&self.config, &self.model) else { return };
+        let (layers, tensors) = (model.layers, self.tensors.len());
+        if layers > tensors {
+            if self.file_faults.is_empty() {
+                self.model =
+                    Err(format!("num_hidden_layers is {layers}, and the files hold {tensors} tensors"));
+            }
+            return;
+        }
+        let linears = self.linears().into_iter().map(|linear| linear.name);
+        let others = ["lm_head", "model.embed_tokens"].map(str::to_string);
+        self.schemes = Declared::of(self.layout, config, &linears.chain(others).collect::<Vec<_>>());
+    }
+
+    /// A source is not a broken output: nothing in it says that it is quantized.
+    fn check_is_quantized(&self) -> Result<()> {
+        let floats = [Dtype::BF16, Dtype::F16, Dtype::F32];
+        let plain = self.tensors.values().all(|found| floats.contains(&found.dtype))
+            && self.config.as_ref().is_ok_and(|config| !config.contains_key("quantization_config"))
+            && !self.listing.contains("hf_quant_config.json")
+            && !self.tensors.is_empty();
+        if !plain {
+            return Ok(());
+        }
+        Err(Error::input("the checkpoint is not quantized: there is nothing to verify")
+            .file(&self.dir)
+            .fix("name the output of a quantization; distq inspect says what a directory is"))
     }
 
     fn add_file(&mut self, name: &str) {
@@ -119,7 +162,8 @@ impl Subject {
             Ok(read) => read,
             Err(fault) => return self.file_faults.push(fault),
         };
-        self.ours |= header.metadata.get("producer").is_some_and(|producer| producer.starts_with("distq"));
+        self.producer = self.producer.take().or_else(|| header.metadata.get("producer").cloned());
+        self.ours |= self.producer.as_ref().is_some_and(|producer| producer.starts_with("distq"));
         self.method = self.method.take().or_else(|| header.metadata.get("method").cloned());
         for tensor in header.tensors {
             let found = Found {
@@ -134,6 +178,12 @@ impl Subject {
             }
         }
         self.files.push((name.to_string(), file));
+    }
+
+    /// `quantization_config`; null where there is none.
+    pub fn quantization(&self) -> &Value {
+        let config = self.config.as_ref().ok();
+        config.and_then(|config| config.get("quantization_config")).unwrap_or(&Value::Null)
     }
 
     /// Whether the layout is this one, or any where none is asked for.
@@ -198,6 +248,9 @@ impl Subject {
         let found: Vec<_> = missing.into_par_iter().map(|layer| (layer, self.linears_of(layer))).collect();
         self.read.extend(found);
         self.linears = std::mem::take(&mut self.read).into_values().flatten().collect();
+        let read: BTreeSet<&str> = self.linears.iter().map(|scan| scan.module.as_str()).collect();
+        let all = self.nvfp4().into_iter().map(|(linear, _)| linear.name);
+        self.unread = all.filter(|name| !read.contains(name.as_str())).collect();
         self.scanned = true;
     }
 
@@ -232,6 +285,23 @@ impl Subject {
     }
 }
 
+/// The names in a directory that holds a checkpoint, or a part of one.
+fn listing(dir: &Path) -> Result<BTreeSet<String>> {
+    let unreadable = |e: std::io::Error| {
+        Error::input(format!("can't list the directory: {e}")).file(dir).fix("check its permissions")
+    };
+    let mut names = BTreeSet::new();
+    for entry in fs::read_dir(dir).map_err(unreadable)? {
+        names.extend(entry.map_err(unreadable)?.file_name().into_string().ok());
+    }
+    if !names.iter().any(|name| name == "config.json" || name.ends_with(".safetensors")) {
+        return Err(Error::input("there is neither a config.json nor a safetensors file in the directory")
+            .file(dir)
+            .fix("name the directory of a quantized checkpoint"));
+    }
+    Ok(names)
+}
+
 /// Reads a JSON object, or says why it can't.
 pub fn object(path: &Path) -> Result<Map<String, Value>, String> {
     let name = path.file_name().unwrap_or_default().to_string_lossy();
@@ -240,13 +310,5 @@ pub fn object(path: &Path) -> Result<Map<String, Value>, String> {
         Ok(Value::Object(map)) => Ok(map),
         Ok(_) => Err(format!("{name}: not a JSON object")),
         Err(e) => Err(format!("{name}: not valid JSON: {e}")),
-    }
-}
-
-fn declared_layout(config: &Map<String, Value>) -> Option<Layout> {
-    match config.get("quantization_config")?.get("quant_method")?.as_str()? {
-        "compressed-tensors" => Some(Layout::CompressedTensors),
-        "modelopt" => Some(Layout::Modelopt),
-        _ => None,
     }
 }

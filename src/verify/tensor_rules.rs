@@ -5,10 +5,9 @@ use std::collections::BTreeSet;
 use safetensors::Dtype;
 use serde_json::Value;
 
-use super::scheme::LinearScheme;
 use super::subject::Subject;
-use super::{Concerns, Findings, Rule};
-use crate::checkpoint::Layout;
+use super::{Concerns, Findings, Rule, any};
+use crate::checkpoint::{Layout, LinearScheme};
 use crate::model::{LinearSpec, ModelConfig};
 use crate::nvfp4::BLOCK;
 
@@ -21,42 +20,65 @@ pub(super) const RULES: &[Rule] = &[
         id: "A3",
         title: "every quantized linear has its tensors and no others",
         concerns: CT,
+        about: has_quantized,
         check: complete,
     },
-    Rule { id: "A4", title: "codes are U8, block scales F8_E4M3, globals F32", concerns: ANY, check: dtypes },
-    Rule { id: "A5", title: "shapes agree with config.json", concerns: ANY, check: shapes },
+    Rule {
+        id: "A4",
+        title: "codes are U8, block scales F8_E4M3, globals F32",
+        concerns: ANY,
+        about: has_quantized,
+        check: dtypes,
+    },
+    Rule { id: "A5", title: "shapes agree with config.json", concerns: ANY, about: any, check: shapes },
     Rule {
         id: "A10",
         title: "what is ignored is plain, the rest is quantized",
         concerns: ANY,
+        about: any,
         check: ignored_is_plain,
     },
     Rule {
         id: "A11",
         title: "FP8 cache scales stand in all layers or none",
         concerns: CT,
+        about: has_cache_scales,
         check: cache_scales,
     },
-    Rule { id: "A12", title: "no tensor that the architecture does not know", concerns: ANY, check: known },
+    Rule {
+        id: "A12",
+        title: "no tensor that the architecture does not know",
+        concerns: ANY,
+        about: any,
+        check: known,
+    },
     Rule {
         id: "A15",
-        title: "norms, embeddings and lm_head are as in the source",
+        title: "norms, embeddings and lm_head are not quantized",
         concerns: ANY,
+        about: any,
         check: unquantized,
     },
     Rule {
         id: "B3",
         title: "every quantized linear has its tensors and no others",
         concerns: MODELOPT,
+        about: has_quantized,
         check: complete,
     },
     Rule {
         id: "B7",
         title: "FP8 cache scales and declarations agree",
         concerns: MODELOPT,
+        about: has_cache_scales,
         check: modelopt_cache_scales,
     },
 ];
+
+/// Whether the configuration says that any linear is quantized.
+fn has_quantized(subject: &Subject) -> bool {
+    !subject.schemes.count().is_empty()
+}
 
 /// Suffixes that mark a linear as quantized in one layout or the other.
 const FOREIGN: [&str; 16] = [
@@ -105,7 +127,7 @@ fn complete(subject: &Subject, findings: &mut Findings) {
             findings.error(format!("{name} is missing"));
         }
         let plain = [linear.weight()];
-        let fp8_input = (scheme == LinearScheme::Fp8).then(|| subject.names(&linear.name).input_global);
+        let fp8_input = (scheme == LinearScheme::Fp8).then(|| format!("{}.input_scale", linear.name));
         let possible = FOREIGN.iter().map(|suffix| format!("{}.{suffix}", linear.name)).chain(plain);
         for name in possible.filter(|name| subject.tensors.contains_key(name)) {
             if !required.contains(&name) && fp8_input.as_ref() != Some(&name) {
@@ -125,14 +147,18 @@ fn looks_quantized(subject: &Subject, linear: &LinearSpec) -> bool {
 /// Loaders convert by value: codes stored as I8 or scales stored as U8 load without an error and are
 /// garbage.
 fn dtypes(subject: &Subject, findings: &mut Findings) {
-    for (linear, _) in subject.nvfp4() {
+    for linear in subject.linears() {
         let names = subject.names(&linear.name);
-        let expected = [
-            (names.codes, Dtype::U8),
-            (names.scales, Dtype::F8_E4M3),
-            (names.weight_global, Dtype::F32),
-            (names.input_global, Dtype::F32),
-        ];
+        let expected = match subject.schemes.of_module(&linear.name) {
+            LinearScheme::Plain => vec![],
+            LinearScheme::Nvfp4 { .. } => vec![
+                (names.codes, Dtype::U8),
+                (names.scales, Dtype::F8_E4M3),
+                (names.weight_global, Dtype::F32),
+                (names.input_global, Dtype::F32),
+            ],
+            LinearScheme::Fp8 => vec![(linear.weight(), Dtype::F8_E4M3)],
+        };
         for (name, dtype) in expected {
             match subject.tensors.get(&name) {
                 Some(found) if found.dtype != dtype && looks_quantized(subject, &linear) => {
@@ -225,12 +251,11 @@ fn ignored_is_plain(subject: &Subject, findings: &mut Findings) {
             ));
         }
     }
-    let modules = linears.iter().map(|linear| linear.name.as_str()).chain(["lm_head", "model.embed_tokens"]);
-    let modules: Vec<&str> = modules.collect();
-    for pattern in &subject.schemes.ignore {
-        if !modules.iter().any(|module| subject.schemes.matches(pattern, module)) {
-            findings.warn(format!("{pattern:?} in ignore matches no linear"));
-        }
+    for pattern in &subject.schemes.idle {
+        findings.warn(format!("{pattern:?} in ignore matches no linear"));
+    }
+    if subject.schemes.count().is_empty() {
+        findings.warn("the configuration quantizes no linear");
     }
 }
 
@@ -241,6 +266,16 @@ fn cache_names(layout: Option<Layout>, layer: usize) -> [String; 2] {
         Some(Layout::Modelopt) => [format!("{prefix}.k_proj.k_scale"), format!("{prefix}.v_proj.v_scale")],
         _ => [format!("{prefix}.k_scale"), format!("{prefix}.v_scale")],
     }
+}
+
+/// Whether there are cache scales, or a declaration of some.
+fn has_cache_scales(subject: &Subject) -> bool {
+    let second = super::subject::object(&subject.dir.join("hf_quant_config.json")).unwrap_or_default();
+    let algorithm = second.get("quantization").map_or(&Value::Null, |q| &q["kv_cache_quant_algo"]);
+    let named = |name: &String| name.ends_with(".k_scale") || name.ends_with(".v_scale");
+    !subject.quantization()["kv_cache_scheme"].is_null()
+        || (subject.layout == Some(Layout::Modelopt) && !algorithm.is_null())
+        || subject.tensors.keys().any(named)
 }
 
 /// Layers with and without cache scales; a scale that can't be used counts as a finding.
@@ -275,11 +310,7 @@ fn scalar_of(dtype: Dtype, bytes: &[u8]) -> Option<f32> {
 
 /// A layer without scales runs its cache at 1.0 beside layers that are calibrated.
 fn cache_scales(subject: &Subject, findings: &mut Findings) {
-    let declared = subject.config.as_ref().is_ok_and(|config| {
-        config
-            .get("quantization_config")
-            .is_some_and(|q| q.get("kv_cache_scheme").is_some_and(|s| !s.is_null()))
-    });
+    let declared = !subject.quantization()["kv_cache_scheme"].is_null();
     let (with, without) = count_cache_scales(subject, findings);
     match (declared, with, without) {
         (true, _, 1..) => {
@@ -292,22 +323,27 @@ fn cache_scales(subject: &Subject, findings: &mut Findings) {
 
 /// As [`cache_scales`], with two declarations; none of the scales is ModelOpt's cast mode.
 fn modelopt_cache_scales(subject: &Subject, findings: &mut Findings) {
-    let first = subject.config.as_ref().ok().and_then(|config| config.get("quantization_config"));
-    let scheme = first.and_then(|q| q.get("kv_cache_scheme")).filter(|scheme| !scheme.is_null());
+    let scheme = &subject.quantization()["kv_cache_scheme"];
+    let declared = match scheme {
+        Value::Null => None,
+        Value::String(algorithm) => Some(algorithm.as_str()),
+        scheme if scheme["num_bits"].as_u64() == Some(8) && scheme["type"] == "float" => Some("FP8"),
+        _ => return findings.error(format!("kv_cache_scheme is {scheme}, which is neither FP8 nor NVFP4")),
+    };
     let second = super::subject::object(&subject.dir.join("hf_quant_config.json")).unwrap_or_default();
     let algorithm = second.get("quantization").map_or(&Value::Null, |q| &q["kv_cache_quant_algo"]);
-    if scheme.is_some() != (algorithm == "FP8") {
+    if declared != algorithm.as_str() {
         findings
             .error("kv_cache_scheme in config.json and kv_cache_quant_algo in hf_quant_config.json disagree");
     }
-    if scheme.is_some_and(|scheme| scheme["num_bits"].as_u64() != Some(8) || scheme["type"] != "float") {
-        findings.error("kv_cache_scheme is not FP8");
+    if declared == Some("NVFP4") {
+        findings.warn("the KV cache is NVFP4: engines that know FP8 caches only refuse it or ignore it");
     }
     let (with, without) = count_cache_scales(subject, findings);
-    match (scheme.is_some(), with, without) {
-        (true, 0, _) => findings.warn("FP8 cache without scales: engines use 1.0"),
-        (true, _, 1..) => findings.error(format!("{without} cache scales are missing")),
-        (false, 1.., _) => findings.error(format!("{with} cache scales, but no kv_cache_scheme")),
+    match (declared, with, without) {
+        (Some(_), 0, _) => findings.warn("a quantized KV cache without scales: engines use 1.0"),
+        (Some(_), _, 1..) => findings.error(format!("{without} cache scales are missing")),
+        (None, 1.., _) => findings.error(format!("{with} cache scales, but no kv_cache_scheme")),
         _ => {}
     }
 }
@@ -343,8 +379,11 @@ fn unquantized(subject: &Subject, findings: &mut Findings) {
             Some(found) => {
                 let source = subject.source.as_ref().and_then(|source| source.tensors.get(&tensor.name));
                 let float = matches!(found.dtype, Dtype::BF16 | Dtype::F16 | Dtype::F32);
-                if !float || source.is_some_and(|source| source.dtype != found.dtype) {
-                    findings.error(format!("{} is {:?}, not the source's dtype", tensor.name, found.dtype));
+                if !float {
+                    findings.error(format!("{} is {:?}, not BF16, F16 or F32", tensor.name, found.dtype));
+                } else if let Some(source) = source.filter(|source| source.dtype != found.dtype) {
+                    let (name, here, there) = (&tensor.name, found.dtype, source.dtype);
+                    findings.error(format!("{name} is {here:?}, and {there:?} in the source"));
                 }
             }
         }
