@@ -41,7 +41,7 @@ impl ExitCode {
 }
 
 /// An error for the person at the terminal.
-#[derive(Clone, Debug, thiserror::Error)]
+#[derive(Clone, Debug)]
 pub struct Error {
     /// What the process ends with.
     pub exit: ExitCode,
@@ -113,6 +113,8 @@ impl Error {
         self
     }
 }
+
+impl std::error::Error for Error {}
 
 impl fmt::Display for Error {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {

@@ -2,26 +2,26 @@
 
 mod cli;
 
-use std::io::{IsTerminal, Write};
+use std::fmt;
+use std::io::Write as _;
 use std::process::ExitCode;
+use std::time::Duration;
 
-use clap::Parser;
 use distq::cluster::{Cluster, launch};
 use distq::last_words::Allocator;
+use distq::report::Progress;
+use tracing_subscriber::fmt::format::Writer;
+use tracing_subscriber::fmt::time::{FormatTime, Uptime, uptime};
+use tracing_subscriber::fmt::{FmtContext, FormatEvent, FormatFields};
+use tracing_subscriber::registry::LookupSpan;
 
 #[global_allocator]
 static ALLOCATOR: Allocator = Allocator;
 
 fn main() -> ExitCode {
-    let cli = match cli::Cli::try_parse() {
-        Ok(cli) => cli,
-        Err(error) => {
-            // Every rank finds the same fault in the same arguments; one says so.
-            if launch().is_none_or(|launch| launch.rank == 0) {
-                let _ = error.print();
-            }
-            return ExitCode::from(error.exit_code() as u8);
-        }
+    let (cli, typed) = match cli::Cli::read() {
+        Ok(read) => read,
+        Err(error) => return refused(&error),
     };
     let cluster = match Cluster::start(cli.silence()) {
         Ok(cluster) => cluster,
@@ -33,26 +33,63 @@ fn main() -> ExitCode {
         }
     };
     log(&cli, &cluster);
-    let result = cli.run(&cluster);
+    cluster.before_last_words(Progress::clear);
+    let result = typed.agree(&cluster).and_then(|()| cli.run(&cluster));
     ExitCode::from(cluster.conclude(result) as u8)
+}
+
+/// How long a rank waits before it says that it can't read its arguments.
+const PATIENCE: Duration = Duration::from_secs(2);
+
+/// Says what is wrong with the arguments, or shows the help. Where ranks were given the same arguments, rank 0 finds the
+/// same fault and ends before the others speak, and the launcher ends them.
+fn refused(error: &clap::Error) -> ExitCode {
+    let rank = launch().map_or(0, |launch| launch.rank);
+    let is_fault = error.exit_code() != 0;
+    if rank > 0 && is_fault {
+        std::thread::sleep(PATIENCE);
+        let _ = std::io::stderr().write_all(format!("distq: rank {rank}: ").as_bytes());
+    }
+    if rank == 0 || is_fault {
+        let _ = error.print();
+    }
+    ExitCode::from(error.exit_code() as u8)
 }
 
 /// Logs to standard error, naming rank and host where there are several.
 fn log(cli: &cli::Cli, cluster: &Cluster) {
     let level = cli.level();
-    let log = tracing_subscriber::fmt()
-        .with_max_level(level)
-        .with_writer(std::io::stderr)
-        .with_ansi(std::io::stderr().is_terminal())
-        .with_target(false);
     // Who wants to know everything also wants to know what takes so long.
-    match level >= tracing::Level::DEBUG {
-        true => log.with_timer(tracing_subscriber::fmt::time::uptime()).init(),
-        false => log.without_time().init(),
-    }
-    if cluster.size() > 1 {
-        let span = tracing::info_span!("rank", rank = cluster.rank(), host = cluster.host());
-        // Entered for as long as the process lives.
-        std::mem::forget(span.entered());
+    let clock = (level >= tracing::Level::DEBUG).then(uptime);
+    let line = Line { place: cluster.place(""), clock };
+    tracing_subscriber::fmt().with_max_level(level).with_writer(std::io::stderr).event_format(line).init();
+}
+
+/// A line of the log: the level, the rank and host where there are several, the text. All threads of a process are of
+/// one rank.
+struct Line {
+    place: String,
+    /// Since when the process runs, in front.
+    clock: Option<Uptime>,
+}
+
+impl<S, N> FormatEvent<S, N> for Line
+where
+    S: tracing::Subscriber + for<'a> LookupSpan<'a>,
+    N: for<'a> FormatFields<'a> + 'static,
+{
+    fn format_event(
+        &self,
+        context: &FmtContext<'_, S, N>,
+        mut writer: Writer<'_>,
+        event: &tracing::Event<'_>,
+    ) -> fmt::Result {
+        if let Some(clock) = &self.clock {
+            clock.format_time(&mut writer)?;
+            writer.write_char(' ')?;
+        }
+        write!(writer, "{:>5} {}", event.metadata().level(), self.place)?;
+        context.format_fields(writer.by_ref(), event)?;
+        writeln!(writer)
     }
 }

@@ -1,4 +1,8 @@
-//! Bytes and seconds as people write and read them.
+//! Sizes, times, rates and choices as people write and read them.
+
+use std::fmt;
+
+use clap::ValueEnum;
 
 use crate::error::{Error, Result};
 
@@ -34,17 +38,26 @@ pub fn duration(seconds: f64) -> String {
     }
 }
 
-/// Reads a size: a number with an optional decimal (`5GB`) or binary (`5GiB`) unit.
+/// Writes a value as it is typed on the command line.
+pub fn write_name(value: &impl ValueEnum, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+    f.pad(value.to_possible_value().map_or_else(String::new, |value| value.get_name().to_string()).as_str())
+}
+
+/// The smallest size that may be given without a unit, in bytes.
+const UNIT_FORGOTTEN: u64 = 1 << 20;
+
+/// Reads a size: a number with a decimal (`5GB`) or binary (`5GiB`) unit, or of bytes (`4096B`). A number without a unit
+/// counts bytes; where those are fewer than 1 MiB, the unit was forgotten.
 ///
 /// # Errors
 /// Exit code 2 with the accepted forms.
 pub fn parse_bytes(text: &str) -> Result<u64> {
-    let wrong =
-        || Error::usage(format!("{text:?} is not a size")).fix("write it like 5GB, 118GiB or 1048576");
-    let digits = text.find(|c: char| !c.is_ascii_digit() && c != '.').unwrap_or(text.len());
-    let (number, unit) = text.split_at(digits);
-    let number: f64 = number.parse().map_err(|_| wrong())?;
-    let factor: u64 = match unit.trim().to_ascii_lowercase().as_str() {
+    let wrong = || {
+        Error::usage(format!("{text:?} is not a size"))
+            .fix("write a number above zero with a unit, such as 118GiB, 5GB or 4096B")
+    };
+    let (number, unit) = split_unit(text);
+    let factor: u64 = match unit.as_str() {
         "" | "b" => 1,
         "kb" => 1_000,
         "mb" => 1_000_000,
@@ -56,24 +69,43 @@ pub fn parse_bytes(text: &str) -> Result<u64> {
         "tib" => 1 << 40,
         _ => return Err(wrong()),
     };
-    let bytes = number * factor as f64;
-    if bytes >= 1.0 && bytes < u64::MAX as f64 { Ok(bytes as u64) } else { Err(wrong()) }
+    let bytes = number.ok_or_else(wrong)? * factor as f64;
+    if !(1.0..u64::MAX as f64).contains(&bytes) {
+        return Err(wrong());
+    }
+    if unit.is_empty() && bytes < UNIT_FORGOTTEN as f64 {
+        return Err(Error::usage(format!("{text:?} is a size without a unit"))
+            .fix(format!("write {text}GiB or {text}GB, or {text}B if bytes are meant")));
+    }
+    Ok(bytes as u64)
 }
 
-/// Reads the rate of a link in bits a second (`2.5Gbit`, `100Mbit`) as bytes a second.
+/// Reads the rate of a link in bits a second (`2.5Gbit`, `100Mbit`; `Gbit/s` and `Gbps` are the same) as bytes a second.
 ///
 /// # Errors
 /// Exit code 2 with the accepted forms.
 pub fn parse_link(text: &str) -> Result<f64> {
-    let wrong = || Error::usage(format!("{text:?} is not the rate of a link")).fix("write it like 2.5Gbit");
-    let digits = text.find(|c: char| !c.is_ascii_digit() && c != '.').unwrap_or(text.len());
-    let (number, unit) = text.split_at(digits);
-    let factor = match unit.trim().to_ascii_lowercase().as_str() {
-        "mbit" => 1e6,
-        "gbit" => 1e9,
+    let wrong = || {
+        Error::usage(format!("{text:?} is not the rate of a link"))
+            .fix("write a number above zero with a unit, such as 2.5Gbit or 100Mbit")
+    };
+    let (number, unit) = split_unit(text);
+    let factor = match unit.trim_end_matches("/s") {
+        "mbit" | "mbps" => 1e6,
+        "gbit" | "gbps" => 1e9,
         _ => return Err(wrong()),
     };
-    number.parse().ok().filter(|&n: &f64| n > 0.0).map(|n| n * factor / 8.0).ok_or_else(wrong)
+    number
+        .map(|number| number * factor / 8.0)
+        .filter(|rate| rate.is_finite() && *rate > 0.0)
+        .ok_or_else(wrong)
+}
+
+/// A number and the unit behind it, in small letters.
+fn split_unit(text: &str) -> (Option<f64>, String) {
+    let digits = text.find(|c: char| !c.is_ascii_digit() && c != '.').unwrap_or(text.len());
+    let (number, unit) = text.split_at(digits);
+    (number.parse().ok(), unit.trim().to_ascii_lowercase())
 }
 
 #[cfg(test)]
@@ -86,21 +118,28 @@ mod tests {
             ("5GB", 5_000_000_000),
             ("118GiB", 118 << 30),
             ("1.5 MiB", 3 << 19),
-            ("4096", 4096),
+            ("4096B", 4096),
+            ("1048576", 1 << 20),
             ("2kb", 2000),
         ] {
             assert_eq!(parse_bytes(text).unwrap(), bytes, "{text}");
         }
-        for text in ["", "GB", "5XB", "-1GB", "0", "1e400GB"] {
+        for text in
+            ["", "GB", "5XB", "-1GB", "0", "0GB", "1e400GB", "99999999999TiB", "1.2.3GB", "118", "1048575"]
+        {
             assert!(parse_bytes(text).is_err(), "{text}");
         }
+        let said = parse_bytes("118").unwrap_err().to_string();
+        assert!(said.contains("118GiB") && said.contains("118B"), "{said}");
     }
 
     #[test]
     fn links_are_read_in_bits_a_second() {
         assert_eq!(parse_link("2.5Gbit").unwrap(), 312_500_000.0);
         assert_eq!(parse_link("100 mbit").unwrap(), 12_500_000.0);
-        for text in ["", "10", "0Gbit", "Gbit", "1GB"] {
+        assert_eq!(parse_link("200Gbps").unwrap(), 25e9);
+        assert_eq!(parse_link("1Gbit/s").unwrap(), 125e6);
+        for text in ["", "10", "0Gbit", "Gbit", "1GB", "1GB/s"] {
             assert!(parse_link(text).is_err(), "{text}");
         }
     }

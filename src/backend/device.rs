@@ -1,12 +1,10 @@
 //! Which device a rank computes on.
 
-use std::str::FromStr;
-
 use super::{Compute, Solver, cpu::Cpu, cuda, cuda::Cuda};
-use crate::error::{Error, Result};
+use crate::error::Result;
 
 /// What the user asked for.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
 pub enum DeviceChoice {
     /// A GPU where there is one for this rank, else the CPU.
     Auto,
@@ -14,19 +12,6 @@ pub enum DeviceChoice {
     Cpu,
     /// A GPU, or an error.
     Cuda,
-}
-
-impl FromStr for DeviceChoice {
-    type Err = Error;
-
-    fn from_str(text: &str) -> Result<DeviceChoice> {
-        match text {
-            "auto" => Ok(DeviceChoice::Auto),
-            "cpu" => Ok(DeviceChoice::Cpu),
-            "cuda" => Ok(DeviceChoice::Cuda),
-            other => Err(Error::usage(format!("there is no device {other:?}")).fix("use auto, cpu or cuda")),
-        }
-    }
 }
 
 /// A rank's device.

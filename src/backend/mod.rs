@@ -17,15 +17,15 @@ pub use device::{Device, DeviceChoice, OnBackend};
 pub use solver::{Columns, Solver, relative};
 
 use std::fmt;
-use std::str::FromStr;
 
 use safetensors::Dtype;
 
 use crate::checkpoint::SourceTensor;
-use crate::error::{Error, Result};
+use crate::error::Result;
+use crate::units::write_name;
 
 /// The dtype of activations.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum, serde::Serialize, serde::Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Compute {
     /// BF16 activations, rounded where the reference implementation rounds. Calibration of BF16 checkpoints.
@@ -34,24 +34,9 @@ pub enum Compute {
     F32,
 }
 
-impl FromStr for Compute {
-    type Err = Error;
-
-    fn from_str(text: &str) -> Result<Compute> {
-        match text {
-            "bf16" => Ok(Compute::Bf16),
-            "f32" => Ok(Compute::F32),
-            other => Err(Error::usage(format!("nothing computes in {other:?}")).fix("use bf16 or f32")),
-        }
-    }
-}
-
 impl fmt::Display for Compute {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(match self {
-            Compute::Bf16 => "bf16",
-            Compute::F32 => "f32",
-        })
+        write_name(self, f)
     }
 }
 

@@ -2,17 +2,16 @@
 //! global scales as multipliers (ModelOpt) or divisors (compressed-tensors).
 
 use std::fmt;
-use std::str::FromStr;
 
 use safetensors::Dtype;
 use serde_json::{Map, Value, json};
 
 use super::placement::OutTensor;
-use crate::error::{Error, Result};
 use crate::nvfp4::{BLOCK, GlobalScale};
+use crate::units::write_name;
 
 /// How the output names its tensors and describes itself.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum, serde::Serialize, serde::Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum Layout {
     /// `compressed-tensors`, format `nvfp4-pack-quantized`: vLLM, SGLang, Transformers.
@@ -22,7 +21,7 @@ pub enum Layout {
 }
 
 /// What is quantized.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum, serde::Serialize, serde::Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum Scheme {
     /// Weights and activations (W4A4).
@@ -178,44 +177,13 @@ fn modelopt(scheme: Scheme, excluded: &[String]) -> (Value, Value) {
 
 impl fmt::Display for Layout {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(match self {
-            Layout::CompressedTensors => "compressed-tensors",
-            Layout::Modelopt => "modelopt",
-        })
-    }
-}
-
-impl FromStr for Layout {
-    type Err = Error;
-
-    fn from_str(text: &str) -> Result<Layout> {
-        match text {
-            "compressed-tensors" => Ok(Layout::CompressedTensors),
-            "modelopt" => Ok(Layout::Modelopt),
-            other => Err(Error::usage(format!("there is no layout {other:?}"))
-                .fix("use compressed-tensors or modelopt")),
-        }
+        write_name(self, f)
     }
 }
 
 impl fmt::Display for Scheme {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(match self {
-            Scheme::Nvfp4 => "nvfp4",
-            Scheme::Nvfp4a16 => "nvfp4a16",
-        })
-    }
-}
-
-impl FromStr for Scheme {
-    type Err = Error;
-
-    fn from_str(text: &str) -> Result<Scheme> {
-        match text {
-            "nvfp4" => Ok(Scheme::Nvfp4),
-            "nvfp4a16" => Ok(Scheme::Nvfp4a16),
-            other => Err(Error::usage(format!("there is no scheme {other:?}")).fix("use nvfp4 or nvfp4a16")),
-        }
+        write_name(self, f)
     }
 }
 

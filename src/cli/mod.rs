@@ -1,5 +1,6 @@
 //! Arguments, and which run to start. A file a subcommand.
 
+mod alike;
 mod eval;
 mod inspect;
 mod plan;
@@ -8,7 +9,9 @@ mod verify;
 
 use std::time::Duration;
 
-use clap::{Parser, Subcommand};
+use clap::{CommandFactory, FromArgMatches, Parser, Subcommand};
+
+pub use alike::Typed;
 
 use distq::cluster::Cluster;
 use distq::error::Result;
@@ -47,6 +50,18 @@ enum Command {
 }
 
 impl Cli {
+    /// Reads the command line.
+    ///
+    /// # Errors
+    /// What is wrong with it, or the help that was asked for.
+    pub fn read() -> Result<(Cli, Typed), clap::Error> {
+        let mut command = Cli::command();
+        command.build();
+        let matches = command.try_get_matches_from_mut(std::env::args_os())?;
+        let cli = Cli::from_arg_matches(&matches).map_err(|error| error.format(&mut command))?;
+        Ok((cli, Typed::new(&command, &matches)))
+    }
+
     /// How long a rank may be silent.
     pub fn silence(&self) -> Duration {
         Duration::from_secs(self.link_timeout)

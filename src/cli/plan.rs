@@ -32,7 +32,7 @@ pub struct Args {
 
 /// Runs it.
 pub fn run(args: &Args, cluster: &Cluster) -> Result<()> {
-    let options = args.plan.options();
+    let options = args.plan.options(cluster);
     let calib = cluster.agree(args.calib.options())?;
     let lengths = |model: &ModelConfig| match options.calibrates() {
         true => Calibration::load(&calib, &options.model, model.vocab).map(|data| data.lengths),

@@ -49,9 +49,17 @@ const MODEL_HERE: &str = "DISTQ_MODEL";
 
 impl PlanArgs {
     /// As the pipeline takes them.
-    pub fn options(&self) -> PlanOptions {
+    pub fn options(&self, cluster: &Cluster) -> PlanOptions {
+        let elsewhere = std::env::var_os(MODEL_HERE).filter(|path| !path.is_empty()).map(PathBuf::from);
+        if let (Some(path), 0) = (&elsewhere, cluster.local_rank()) {
+            tracing::info!(
+                "{MODEL_HERE} is set in this host's environment: the model is read from {}, not from {}",
+                path.display(),
+                self.model.display()
+            );
+        }
         PlanOptions {
-            model: std::env::var_os(MODEL_HERE).map_or_else(|| self.model.clone(), PathBuf::from),
+            model: elsewhere.unwrap_or_else(|| self.model.clone()),
             layout: self.layout,
             scheme: self.scheme,
             method: self.method,
@@ -139,7 +147,7 @@ pub fn run(args: &Args, quiet: bool, cluster: &Cluster) -> Result<()> {
     };
     let calib = cluster.agree(args.calib.options())?;
     let options = pipeline::Options {
-        plan: args.plan.options(),
+        plan: args.plan.options(cluster),
         out: args.out.clone(),
         calib,
         max_shard: args.max_shard_size,

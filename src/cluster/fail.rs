@@ -3,18 +3,20 @@
 use std::io::Write;
 use std::os::unix::process::CommandExt;
 use std::process::{Command, Stdio};
+use std::sync::OnceLock;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use crossbeam_channel::{RecvTimeoutError, Sender, bounded};
 
+use super::launch::LAUNCHERS;
 use super::{Cluster, launch, transport};
 use crate::error::{Error, ExitCode, Result};
-use crate::last_words;
+use crate::{last_words, threads};
 
 impl Cluster {
     /// Text prefixed with the rank and the host it comes from, where there is more than one.
-    pub(super) fn place(&self, text: &str) -> String {
+    pub fn place(&self, text: &str) -> String {
         if self.size > 1 { format!("rank {} ({}): {text}", self.rank, self.host) } else { text.to_string() }
     }
 
@@ -60,12 +62,14 @@ impl Cluster {
 /// into MPI that can't be asked whether they are done.
 pub(super) fn within(limit: Duration, late: String, code: i32) -> Sender<()> {
     let (in_time, timer) = bounded(0);
-    std::thread::spawn(move || {
+    let wait = move || {
         if timer.recv_timeout(limit) == Err(RecvTimeoutError::Timeout) {
             say(&late);
             std::process::exit(code);
         }
-    });
+    };
+    // Where the system has no thread left, MPI has as long as it likes.
+    let _ = threads::spawn("timer", wait);
     in_time
 }
 
@@ -75,7 +79,7 @@ fn free_launcher() {
     let launcher = std::os::unix::process::parent_id();
     let comm = format!("/proc/{launcher}/comm");
     let name = std::fs::read_to_string(&comm).unwrap_or_default();
-    if ["mpirun", "mpiexec", "orterun", "prterun"].contains(&name.trim()) {
+    if LAUNCHERS.contains(&name.trim()) {
         let end = r#"sleep 10; [ "$(cat "$1")" = "$2" ] && kill -KILL "$0""#;
         // In a process group of its own, since this rank's is about to be killed.
         let _ = Command::new("sh")
@@ -100,24 +104,27 @@ pub fn abort(code: i32) -> ! {
     transport::abort(code)
 }
 
-const NO_THREAD: &str = "out of memory, or of threads that the system allows (ulimit -u, a container's pids.max): it gives \
-                         no more; free some, give this rank fewer layers or less --memory-per-rank, then use --resume";
+/// What is said where the standard library finds that it can't go on.
+const NO_SYSTEM: &str = "the system gives no more memory or threads (ulimit -v, ulimit -u, a container's pids.max); free \
+                         some, give this rank fewer layers or less --memory-per-rank, then use --resume";
 
 /// A rank that panics would otherwise wait for ever in MPI's finalisation, and the others for it.
 pub(super) fn install_panic_hook(cluster: &Cluster) {
     let who = cluster.place("");
     std::panic::set_hook(Box::new(move |info| {
-        let text = info.to_string();
-        // The standard library panics where there is no memory for a thread, or no thread.
-        if text.contains("Cannot allocate memory") || text.contains("failed to spawn thread") {
-            if std::thread::current().name() != Some("main") {
-                last_words::end(NO_THREAD);
-            }
-            // Last words are for the main thread to pass on, which this is.
-            say(&format!("{who}{NO_THREAD}"));
-            abort(ExitCode::Run as i32);
+        // A new thread that finds no memory for its signal stack panics in the standard library, before it runs anything
+        // of distq's.
+        let by_system = info.location().is_some_and(|place| place.file().contains("library/std/src/sys/"));
+        if by_system && std::thread::current().name() != Some("main") {
+            last_words::end(NO_SYSTEM);
         }
-        say(&format!("{who}internal error: {text}; please report it with the command that led here"));
+        // Last words of another thread are for the main thread to pass on. This is that thread, or a fault of distq's.
+        match by_system {
+            true => say(&format!("{who}{NO_SYSTEM}")),
+            false => {
+                say(&format!("{who}internal error: {info}; please report it with the command that led here"))
+            }
+        }
         abort(ExitCode::Run as i32);
     }));
 }
@@ -125,9 +132,33 @@ pub(super) fn install_panic_hook(cluster: &Cluster) {
 /// Whether this rank has nothing more to say: a launcher sends SIGTERM to those that are left when one has ended.
 static TOLD: AtomicBool = AtomicBool::new(false);
 
+/// What takes away that which a message would be mixed with, such as a bar on the terminal.
+static CLEAR: OnceLock<fn()> = OnceLock::new();
+
+impl Cluster {
+    /// Has `clear` called before the message that ends the job is written.
+    pub fn before_last_words(&self, clear: fn()) {
+        let _ = CLEAR.set(clear);
+    }
+}
+
+/// Clears the way for a message. On a thread of its own: a terminal that takes nothing must not hold up the end.
+fn clear() {
+    let Some(clear) = CLEAR.get() else { return };
+    let (cleared, done) = bounded(1);
+    let work = move || {
+        clear();
+        let _ = cleared.send(());
+    };
+    if threads::spawn("clear", work).is_ok() {
+        let _ = done.recv_timeout(PASSING_ON);
+    }
+}
+
 /// Says why the job ends, once.
 pub(super) fn say(text: &str) {
     if !TOLD.swap(true, Ordering::Relaxed) {
+        clear();
         let mut stderr = std::io::stderr().lock();
         // At once: a launcher puts its own words between the parts of a message.
         let _ = stderr.write_all(format!("distq: {text}\n").as_bytes());

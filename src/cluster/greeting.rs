@@ -5,10 +5,11 @@ use std::fs;
 use serde::{Deserialize, Serialize};
 
 use super::Cluster;
+use super::cores::Cores;
 use crate::error::{Error, Result};
 
 /// What a rank says of itself.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[derive(Clone, Debug, Serialize, Deserialize)]
 pub(super) struct Greeting {
     /// The host's name.
     pub(super) host: String,
@@ -18,20 +19,23 @@ pub(super) struct Greeting {
     version: String,
     /// The MPI library's name and version, where there is any.
     library: Option<String>,
+    /// The cores that it may use.
+    pub(super) cores: Cores,
 }
 
 impl Greeting {
-    pub(super) fn of(cluster: &Cluster) -> Greeting {
+    pub(super) fn of(cluster: &Cluster, cores: Cores) -> Greeting {
         Greeting {
             host: cluster.host.clone(),
             boot: fs::read_to_string("/proc/sys/kernel/random/boot_id").unwrap_or_default(),
             version: env!("CARGO_PKG_VERSION").to_string(),
             library: cluster.library(),
+            cores,
         }
     }
 
     /// Whether both ranks share a host's cores, memory and devices.
-    pub(super) fn is_near(&self, other: &Greeting) -> bool {
+    fn is_near(&self, other: &Greeting) -> bool {
         (&self.host, &self.boot) == (&other.host, &other.boot)
     }
 
@@ -55,6 +59,13 @@ impl Greeting {
     }
 }
 
+/// Every rank's host, as a number that no other host has: the first rank on it. Names are for people, since two hosts may
+/// have the same one.
+pub(super) fn hosts(greetings: &[Greeting]) -> Vec<usize> {
+    let first = |one: &Greeting| greetings.iter().position(|other| other.is_near(one));
+    greetings.iter().map(|one| first(one).expect("a rank is near itself")).collect()
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -66,6 +77,7 @@ mod tests {
             boot: text("1"),
             version: text("1.0.0"),
             library: Some(text("Open MPI v4.1.4")),
+            cores: Cores::default(),
         }
     }
 
@@ -83,8 +95,8 @@ mod tests {
 
     #[test]
     fn hosts_of_one_name_are_told_apart() {
-        assert!(greeting().is_near(&greeting()));
-        assert!(!greeting().is_near(&Greeting { boot: "2".into(), ..greeting() }));
-        assert!(!greeting().is_near(&Greeting { host: "b".into(), ..greeting() }));
+        let restarted = Greeting { boot: "2".into(), ..greeting() };
+        let named = Greeting { host: "b".into(), ..greeting() };
+        assert_eq!(hosts(&[greeting(), restarted.clone(), greeting(), named, restarted]), [0, 1, 0, 3, 1]);
     }
 }

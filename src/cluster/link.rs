@@ -20,14 +20,12 @@ impl Cluster {
     /// # Errors
     /// Exit code 5 where ranks do not understand each other.
     pub fn link_rate(&self) -> Result<f64> {
-        let firsts: Vec<usize> =
-            (0..self.size).filter(|&rank| !self.hosts[..rank].contains(&self.hosts[rank])).collect();
+        let firsts: Vec<usize> = (0..self.size).filter(|&rank| self.hosts[rank] == rank).collect();
         let partners = if firsts.len() > 1 { firsts } else { (0..self.size.min(2)).collect() };
         let mine = partners.iter().position(|&rank| rank == self.rank);
         let rate = mine.map_or(0.0, |mine| self.best_of(&partners, mine));
         let rates = self.all_gather(&rate)?;
-        let here = rates.iter().zip(&self.hosts).filter(|(_, host)| **host == self.host);
-        let best = here.map(|(rate, _)| *rate).fold(0.0, f64::max);
+        let best = self.local_ranks().iter().map(|&rank| rates[rank]).fold(0.0, f64::max);
         Ok(if best > 0.0 { best } else { f64::MAX })
     }
 

@@ -1,7 +1,9 @@
-//! What this rank may use: cores and memory, by the narrowest limit that applies.
+//! What this rank may use: its share of the host's cores, and memory by the narrowest limit that applies.
 
 use std::fs;
 use std::path::{Path, PathBuf};
+
+use super::cores::Share;
 
 /// What kind of memory a rank's limit is about.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
@@ -22,7 +24,7 @@ pub struct Machine {
     pub host: String,
     /// Threads that this rank computes with.
     pub threads: usize,
-    /// Threads of all ranks on this host for each of its cores, at least one.
+    /// Threads of all ranks on this host for each core that this rank computes on, at least one.
     pub crowding: f64,
     /// Bytes that this rank may use, those that it has included.
     pub memory: u64,
@@ -31,17 +33,13 @@ pub struct Machine {
 }
 
 impl Machine {
-    /// Looks at this host, which `local_size` ranks share. `chosen_memory` replaces what was found.
-    pub fn here(host: &str, local_size: usize, chosen_memory: Option<u64>) -> Machine {
-        let share = local_size.max(1);
-        let threads = threads(share);
-        let cores = online_cores().into_iter().chain(cpu_quota()).min();
-        let crowding = cores.map_or(1.0, |cores| (threads * share) as f64 / cores as f64);
+    /// This host, which `ranks` ranks share. `chosen` replaces the memory that is found.
+    pub(super) fn here(host: &str, ranks: usize, share: Share, chosen: Option<u64>) -> Machine {
         Machine {
             host: host.to_string(),
-            threads,
-            crowding: crowding.max(1.0),
-            memory: chosen_memory.unwrap_or_else(|| usable_memory() / share as u64 + own_memory("VmRSS")),
+            threads: share.threads,
+            crowding: share.crowding,
+            memory: chosen.unwrap_or_else(|| usable_memory() / ranks as u64 + own_memory("VmRSS")),
             kind: MemoryKind::Host,
         }
     }
@@ -66,62 +64,6 @@ pub(super) fn host_name() -> String {
     if failed { "unknown".into() } else { String::from_utf8_lossy(&buffer[..end]).into_owned() }
 }
 
-/// `OMP_NUM_THREADS` or `RAYON_NUM_THREADS` where set; else this rank's share of the usable cores.
-fn threads(share: usize) -> usize {
-    let set = |name: &str| std::env::var(name).ok()?.split(',').next()?.trim().parse::<usize>().ok();
-    if let Some(threads) = set("OMP_NUM_THREADS").or_else(|| set("RAYON_NUM_THREADS")).filter(|&n| n > 0) {
-        return threads;
-    }
-    widen_default_binding();
-    let cores = affinity();
-    // A rank that its launcher bound to a part of the host has its share already; others divide the whole.
-    let share = if online_cores().is_some_and(|online| cores < online) { 1 } else { share };
-    (cores.min(cpu_quota().unwrap_or(cores)) / share).max(1)
-}
-
-/// Open MPI binds each of one or two ranks to a single core unless told otherwise, which suits programs
-/// without threads. Where nobody asked for that binding, take back the cores that the cpuset allows.
-fn widen_default_binding() {
-    let by_open_mpi = std::env::var_os("OMPI_COMM_WORLD_SIZE").is_some();
-    let asked_for = std::env::var_os("OMPI_MCA_hwloc_base_binding_policy").is_some()
-        || std::env::var_os("PRTE_MCA_hwloc_default_binding_policy").is_some();
-    if by_open_mpi && !asked_for {
-        // SAFETY: a cpu_set_t is a plain bit mask, valid when zeroed; the kernel intersects it with what the
-        // cpuset allows.
-        unsafe {
-            let mut all: libc::cpu_set_t = std::mem::zeroed();
-            (0..libc::CPU_SETSIZE as usize).for_each(|cpu| libc::CPU_SET(cpu, &mut all));
-            libc::sched_setaffinity(0, size_of::<libc::cpu_set_t>(), &all);
-        }
-    }
-}
-
-/// Cores that this process may run on.
-fn affinity() -> usize {
-    // SAFETY: as above; the call fills the mask.
-    unsafe {
-        let mut mask: libc::cpu_set_t = std::mem::zeroed();
-        match libc::sched_getaffinity(0, size_of::<libc::cpu_set_t>(), &mut mask) {
-            0 => libc::CPU_COUNT(&mask) as usize,
-            _ => 1,
-        }
-    }
-}
-
-fn online_cores() -> Option<usize> {
-    Some(cpu_list_len(fs::read_to_string("/sys/devices/system/cpu/online").ok()?.trim()))
-}
-
-/// The number of CPUs in a list like `0-3,8`.
-fn cpu_list_len(list: &str) -> usize {
-    let number = |text: &str| text.trim().parse::<usize>().unwrap_or(0);
-    list.split(',')
-        .map(|range| {
-            range.split_once('-').map_or(1, |(from, to)| (number(to) + 1).saturating_sub(number(from)))
-        })
-        .sum()
-}
-
 /// Memory that can really be used: what the kernel calls available, or what a cgroup leaves.
 fn usable_memory() -> u64 {
     let available = fs::read_to_string("/proc/meminfo").ok().and_then(|text| mem_available(&text));
@@ -142,7 +84,7 @@ fn mem_available(meminfo: &str) -> Option<u64> {
 }
 
 /// This process's cgroup and those around it, in both versions' hierarchies.
-fn cgroup_dirs() -> Vec<PathBuf> {
+pub(super) fn cgroup_dirs() -> Vec<PathBuf> {
     let text = fs::read_to_string("/proc/self/cgroup").unwrap_or_default();
     let mut dirs = vec![];
     for (controllers, path) in cgroup_paths(&text) {
@@ -188,27 +130,6 @@ fn stat_value(stat: &str, name: &str) -> Option<u64> {
     line.split_whitespace().nth(1)?.parse().ok()
 }
 
-/// Whole cores that the narrowest cgroup CPU quota allows.
-fn cpu_quota() -> Option<usize> {
-    cgroup_dirs()
-        .iter()
-        .filter_map(|dir| {
-            if let Ok(text) = fs::read_to_string(dir.join("cpu.max")) {
-                return quota(&text);
-            }
-            let part = |name: &str| fs::read_to_string(dir.join(name)).ok();
-            quota(&format!("{} {}", part("cpu.cfs_quota_us")?.trim(), part("cpu.cfs_period_us")?.trim()))
-        })
-        .min()
-}
-
-/// Cores from `quota period` in microseconds, rounded up; `max` and -1 mean no limit.
-fn quota(text: &str) -> Option<usize> {
-    let mut parts = text.split_whitespace().map(|part| part.parse::<u64>().ok());
-    let (quota, period) = (parts.next()??, parts.next()??);
-    (period > 0).then(|| quota.div_ceil(period) as usize)
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -229,11 +150,6 @@ mod tests {
     #[test]
     fn kernel_files_are_read() {
         assert_eq!(mem_available("MemTotal: 9 kB\nMemAvailable:   2048 kB\n"), Some(2048 * 1024));
-        assert_eq!(cpu_list_len("0-3,8"), 5);
-        assert_eq!(cpu_list_len("0"), 1);
-        assert_eq!(quota("150000 100000\n"), Some(2));
-        assert_eq!(quota("max 100000\n"), None);
-        assert_eq!(quota("-1 100000"), None);
         let paths = cgroup_paths("0::/job/step\n4:memory:/slurm\n");
         assert_eq!(paths, [("", "/job/step"), ("memory", "/slurm")]);
         assert_eq!(stat_value("anon 5\ninactive_file 7\n", "inactive_file"), Some(7));
@@ -253,11 +169,13 @@ mod tests {
     }
 
     #[test]
-    fn this_machine_has_cores_and_memory() {
-        let machine = Machine::here(&host_name(), 1, None);
-        assert!(machine.threads >= 1 && machine.memory > 1 << 20);
+    fn memory_is_divided_unless_it_is_chosen() {
+        let share = Share { threads: 3, crowding: 1.5 };
+        let machine = Machine::here("h", 1, share, None);
+        assert_eq!((machine.threads, machine.crowding), (3, 1.5));
+        assert!(machine.memory > 1 << 20);
         assert!(own_memory("VmRSS") > 1 << 20 && own_memory("VmHWM") >= own_memory("VmRSS"));
         assert_eq!(own_memory("Vm"), 0);
-        assert_eq!(Machine::here("h", 2, Some(5)).memory, 5);
+        assert_eq!(Machine::here("h", 2, share, Some(5)).memory, 5);
     }
 }

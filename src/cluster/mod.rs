@@ -5,6 +5,7 @@
 //! called, so the main thread stays with it ([`Cluster::work`]) and workers compute.
 
 mod collective;
+mod cores;
 mod fail;
 mod greeting;
 mod launch;
@@ -27,7 +28,8 @@ pub use pump::Outgoing;
 pub use transport::{Frame, Tag};
 
 use crate::error::{Error, ExitCode, Result};
-use crate::last_words;
+use crate::{last_words, threads};
+use cores::{Cores, Share, shares};
 use greeting::Greeting;
 use pulse::Pulse;
 use transport::Transport;
@@ -46,13 +48,17 @@ pub struct Cluster {
     rank: usize,
     size: usize,
     host: String,
-    /// Every rank's host, once they have greeted each other.
-    hosts: Vec<String>,
+    /// The names of every rank's host, once they have greeted each other: for messages alone, since two hosts may have
+    /// the same one.
+    names: Vec<String>,
+    /// Every rank's host, as the number of the first rank on it.
+    hosts: Vec<usize>,
     /// How long a rank may be silent.
     silence: Duration,
     pulse: Pulse,
-    local_rank: usize,
     local_ranks: Vec<usize>,
+    /// What this rank gets of its host's cores.
+    share: Share,
     /// Whether every rank knows of the failure that ends the job.
     agreed: Cell<bool>,
 }
@@ -65,6 +71,7 @@ impl Cluster {
     /// Exit code 5, on every rank, where the launcher and the MPI library do not belong together. Ranks whose programs
     /// or libraries do not belong together end here.
     pub fn start(silence: Duration) -> Result<Cluster> {
+        let cores = Cores::here();
         let host = machine::host_name();
         let mut cluster = match launch() {
             None => Cluster::new(None, 0, 1, host, silence),
@@ -89,16 +96,21 @@ impl Cluster {
         };
         last_words::speak_for(cluster.place(""));
         fail::install_panic_hook(&cluster);
-        let greetings = cluster.all_gather(&Greeting::of(&cluster))?;
-        let (mine, root) = (&greetings[cluster.rank], &greetings[0]);
-        let ready = mine.fits(root).and_then(|()| signals::watch(&cluster));
+        let greetings = cluster.all_gather(&Greeting::of(&cluster, cores))?;
+        cluster.hosts = greeting::hosts(&greetings);
+        let host = cluster.hosts[cluster.rank];
+        cluster.local_ranks = (0..cluster.size).filter(|&rank| cluster.hosts[rank] == host).collect();
+        let cores: Vec<&Cores> = cluster.local_ranks.iter().map(|&rank| &greetings[rank].cores).collect();
+        cluster.share = shares(&cores)[cluster.local_rank()];
+        let ready = greetings[cluster.rank]
+            .fits(&greetings[0])
+            .and_then(|()| threads::start_common(cluster.share.threads))
+            .and_then(|()| signals::watch(&cluster));
+        cluster.names = greetings.into_iter().map(|greeting| greeting.host).collect();
         if let Err(error) = cluster.agree(ready) {
             // The caller has no cluster yet to end with.
             std::process::exit(cluster.conclude(Err(error)));
         }
-        cluster.local_rank = greetings[..cluster.rank].iter().filter(|other| other.is_near(mine)).count();
-        cluster.local_ranks = (0..cluster.size).filter(|&rank| greetings[rank].is_near(mine)).collect();
-        cluster.hosts = greetings.into_iter().map(|greeting| greeting.host).collect();
         Ok(cluster)
     }
 
@@ -113,12 +125,13 @@ impl Cluster {
             transport,
             rank,
             size,
+            names: vec![],
             hosts: vec![],
             host,
             silence,
             pulse: Pulse::new([]),
-            local_rank: 0,
             local_ranks: vec![rank],
+            share: Share { threads: 1, crowding: 1.0 },
             agreed: Cell::new(false),
         };
         cluster.pulse = Pulse::new(cluster.company());
@@ -140,9 +153,14 @@ impl Cluster {
         &self.host
     }
 
+    /// This host's number, which no other host has: the first rank on it.
+    pub fn host_id(&self) -> usize {
+        self.local_ranks[0]
+    }
+
     /// This rank among those on the same host, from 0.
     pub fn local_rank(&self) -> usize {
-        self.local_rank
+        self.local_ranks.iter().take_while(|&&rank| rank < self.rank).count()
     }
 
     /// The ranks on this host, this one among them.
@@ -153,6 +171,11 @@ impl Cluster {
     /// How many ranks are on this host.
     pub fn local_size(&self) -> usize {
         self.local_ranks.len()
+    }
+
+    /// What this rank may use of its host. `memory` replaces the bytes that are found.
+    pub fn machine(&self, memory: Option<u64>) -> Machine {
+        Machine::here(&self.host, self.local_size(), self.share, memory)
     }
 
     /// Whether this is rank 0, which plans, writes and prints.

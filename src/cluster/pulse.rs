@@ -10,7 +10,7 @@ use std::time::{Duration, Instant};
 
 use super::{Cluster, Frame, Tag};
 use crate::error::{Error, ExitCode, Result};
-use crate::last_words;
+use crate::{last_words, threads};
 
 /// Signs of life in the time after which a rank counts as silent.
 const BEATS: u32 = 6;
@@ -76,7 +76,7 @@ impl Cluster {
         for (&peer, heard) in heard.borrow().iter() {
             transport.send(peer, Tag::Pulse, Frame::default());
             if now - *heard > self.silence {
-                let host = self.hosts.get(peer).map(|host| format!(" ({host})")).unwrap_or_default();
+                let host = self.names.get(peer).map(|host| format!(" ({host})")).unwrap_or_default();
                 let silence = self.silence.as_secs();
                 return Err(Error::run(format!("rank {peer}{host} has been silent for {silence} s")).fix(
                     "check that host and the network to it, then use --resume; --link-timeout sets the time",
@@ -92,11 +92,13 @@ impl Cluster {
         if self.transport.is_none() {
             return work();
         }
-        let span = tracing::Span::current();
         std::thread::scope(|scope| {
-            let worker = scope.spawn(move || span.in_scope(work));
+            let worker = match threads::scoped(scope, "attended", work) {
+                Ok(worker) => worker,
+                Err(error) => self.end(error),
+            };
             self.wait_until(|| worker.is_finished().then_some(()));
-            worker.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))
+            threads::value(worker.join())
         })
     }
 

@@ -5,6 +5,7 @@ use crossbeam_channel::{Receiver, Sender, TrySendError, bounded};
 use super::pump::{Outgoing, Pumped};
 use super::{Cluster, Frame, Tag};
 use crate::error::{Error, Result};
+use crate::threads;
 
 /// Messages that a worker may have waiting for the main thread, and the other way round.
 const CHANNEL: usize = 8;
@@ -24,10 +25,11 @@ impl Cluster {
         let (to_main, outgoing) = bounded(CHANNEL);
         let (to_worker, incoming) = bounded(CHANNEL);
         std::thread::scope(|scope| {
-            let worker = scope.spawn(move || {
+            let work = move || {
                 worker(to_main.clone(), incoming)
                     .inspect_err(|error| drop(to_main.send(Outgoing::Fail(error.clone()))))
-            });
+            };
+            let worker = threads::scoped(scope, "walk", work)?;
             let pumped = self.pump(&outgoing, &mut |tag, peer, frame| match tag {
                 Tag::Root => root(peer, frame).map(|()| Pumped::Taken),
                 Tag::Hidden => match to_worker.try_send(frame) {
@@ -48,7 +50,7 @@ impl Cluster {
                 drop(to_worker);
                 drop(outgoing);
             }
-            let worked = worker.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic));
+            let worked = threads::value(worker.join());
             pumped.and(worked)
         })
     }

@@ -13,7 +13,7 @@ use std::time::Instant;
 
 use crate::backend::{Backend, Compute, Device, DeviceChoice, OnBackend, Solver};
 use crate::calibration::{MicroBatch, micro_batches, windows};
-use crate::cluster::{Cluster, Machine};
+use crate::cluster::Cluster;
 use crate::error::{Error, Result};
 use crate::report::{Evaluation, Scores};
 use forward::{Forward, Text};
@@ -107,7 +107,7 @@ impl Judged {
             Ok(weights)
         });
         let weights = cluster.agree(opened)?;
-        let machine = Machine::here(cluster.host(), cluster.local_size(), None);
+        let machine = cluster.machine(None);
         let (local_rank, threads) = (cluster.local_rank(), machine.threads);
         let opened = cluster.attend(|| Device::open(options.device, weights.compute, local_rank, threads));
         let device = cluster.agree(opened)?;

@@ -18,6 +18,7 @@ use crate::methods::{SiteStatistics, quantize_linear, weight_amax};
 use crate::model::{LayerWeights, Site};
 use crate::nvfp4::{BLOCK, GlobalScale, QuantizedLinear};
 use crate::report::{Phases, Timeline, Work};
+use crate::threads;
 
 /// What a rank's parts are made of, as it becomes known.
 pub enum Finished<B: Solver> {
@@ -111,15 +112,15 @@ pub fn finish<B: Solver>(
     let (spare, placed) = bounded(if job.method.needs_statistics() { 0 } else { waiting });
     std::thread::scope(|scope| {
         let to_root = outbox.clone();
-        let placing =
-            scope.spawn(move || outbox.told(Placer { job, files, outbox: to_root, spare }.run(&tensors)));
+        let place = move || outbox.told(Placer { job, files, outbox: to_root, spare }.run(&tensors));
+        let placing = threads::scoped(scope, "place", place)?;
         let (spare, quantized) = (HashMap::new(), HashMap::new());
         let mut finisher =
             Finisher { backend, job, places, placed, spare, timeline, quantized, seconds: 0.0 };
         let finished = outbox.told(finisher.run(parts));
         let quantize = finisher.seconds;
         drop(finisher);
-        let placed = placing.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic));
+        let placed = threads::value(placing.join());
         // Where placing failed, the finisher only noticed that nobody takes tensors any more.
         let write = placed?;
         finished.map(|()| Phases { quantize, write, ..Phases::default() })

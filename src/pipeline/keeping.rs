@@ -103,7 +103,7 @@ impl<'a> Keeper<'a> {
         if run.start == micro_batch {
             let documents = |i: usize| &self.job.micro_batches[i].samples;
             let documents = documents(run.start).start..documents(run.end - 1).end;
-            keeping.file = Some(states.begin(Kept { layer: keeping.layer, documents }, self.protected));
+            keeping.file = Some(states.begin(Kept { layer: keeping.layer, documents }, self.protected)?);
         }
         let file = keeping.file.take().expect("begun with its first micro-batch");
         let mut rows = Vec::new();

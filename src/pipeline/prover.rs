@@ -53,6 +53,6 @@ impl Prover {
     /// Waits until every layer that was named has been read.
     pub fn end(self) -> Proof {
         drop(self.layers);
-        self.proof.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))
+        threads::value(self.proof.join())
     }
 }

@@ -2,7 +2,6 @@
 
 use std::ops::Range;
 use std::path::{Path, PathBuf};
-use std::thread::ScopedJoinHandle;
 use std::time::Instant;
 
 use super::job::Job;
@@ -23,6 +22,7 @@ use crate::error::{Error, Result};
 use crate::model::ModelConfig;
 use crate::planner::{Mode, Plan};
 use crate::report::{self, Phases, Progress, RankReport, RunReport, Timeline};
+use crate::threads;
 use crate::verify::Proof;
 
 /// What `distq quantize` was asked to do.
@@ -157,12 +157,10 @@ pub fn quantize(cluster: &Cluster, options: &Options) -> Result<()> {
             None => Proof::begin(&dir.partial, Some(&job.checkpoint.dir))?,
         };
         let proof = std::thread::scope(|scope| {
-            let synced = files.as_ref().map(|files| scope.spawn(|| files.sync()));
+            let sync = |files| threads::scoped(scope, "sync", move || OutputFiles::sync(files));
+            let syncing = files.as_ref().map(sync).transpose()?;
             let proof = proof.finish();
-            let join = |thread: ScopedJoinHandle<'_, Result<()>>| {
-                thread.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))
-            };
-            synced.map_or(Ok(()), join).and(proof)
+            syncing.map_or(Ok(()), |syncing| threads::value(syncing.join())).and(proof)
         })?;
         let verified = started.elapsed().as_secs_f64();
         let mut report = RunReport::new(options, library, plan, ranks.unwrap_or_default(), records, proof);

@@ -6,7 +6,6 @@
 //! slice ahead and keeps it until the last group has passed.
 
 use std::ops::Range;
-use std::panic::resume_unwind;
 use std::sync::Arc;
 use std::time::Instant;
 
@@ -28,6 +27,7 @@ use crate::error::{Error, Result};
 use crate::model::LayerWeights;
 use crate::planner::Mode;
 use crate::report::{Phases, Timeline};
+use crate::threads;
 
 /// A rank's share of the job.
 pub struct Stage<'a, B: Solver> {
@@ -64,32 +64,38 @@ impl<B: Solver> Stage<'_, B> {
             // and its maxima may come one after the other.
             let waiting = if job.method.needs_statistics() { 0 } else { 2 * self.ahead() };
             let (to_finisher, finished) = bounded(waiting);
-            let finishing = scope.spawn(move || finish(backend, job, files, outbox, timeline, &finished));
+            let finishing = threads::scoped(scope, "finish", move || {
+                finish(backend, job, files, outbox, timeline, &finished)
+            })?;
             // What is only copied may be as large as a layer, which must not wait for it.
             let copied = self.copied().into_iter().map(Finished::Copied);
-            let copying = scope.spawn(move || finish(backend, job, files, outbox, timeline, copied));
+            let copying = threads::scoped(scope, "copy", move || {
+                finish(backend, job, files, outbox, timeline, copied)
+            })?;
             let (to_walk, arrived) = bounded(WAITING);
             let (walking, ended) = bounded(0);
             let (incoming, hidden) = (self.incoming.clone(), job.model.hidden);
             let (first, routes) = (self.slice.start == 0, self.routes);
-            let arrivals = scope.spawn(move || match first {
+            let arrive = move || match first {
                 true => embed(backend, job, routes, &to_walk, &ended),
                 false => arrivals(backend, hidden, &incoming, &to_walk, &ended),
-            });
+            };
+            let arrivals = threads::scoped(scope, "arrive", arrive)?;
             let (departing, leaving) = bounded(WAITING);
-            let departures = scope.spawn(move || outbox.told(departures(backend, outbox, &leaving)));
+            let depart = move || outbox.told(departures(backend, outbox, &leaving));
+            let departures = threads::scoped(scope, "depart", depart)?;
 
             let walked = outbox.told(self.send_all(&to_finisher, Crossing { arrived, departing }));
             drop((to_finisher, walking));
-            let finished = finishing.join().unwrap_or_else(|panic| resume_unwind(panic));
-            let copied = copying.join().unwrap_or_else(|panic| resume_unwind(panic));
-            let departed = departures.join().unwrap_or_else(|panic| resume_unwind(panic));
+            let finished = threads::value(finishing.join());
+            let copied = threads::value(copying.join());
+            let departed = threads::value(departures.join());
             // Where one of these failed, the walk only noticed that nobody listens any more.
             let mut phases = finished?;
             phases.write += copied?.write;
             let departed = departed?;
             let walked = walked?;
-            phases.transfer = departed + arrivals.join().unwrap_or_else(|panic| resume_unwind(panic));
+            phases.transfer = departed + threads::value(arrivals.join());
             (phases.forward, phases.wait, phases.passes) = (walked.forward, walked.wait, walked.passes);
             phases.total = started.elapsed().as_secs_f64();
             Ok(phases)

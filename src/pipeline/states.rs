@@ -17,6 +17,7 @@ use crossbeam_channel::{Receiver, Sender, bounded};
 
 use crate::backend::Compute;
 use crate::error::{Error, Result};
+use crate::threads;
 use crate::units::binary;
 
 const PREFIX: &str = "distq-";
@@ -161,7 +162,10 @@ impl States {
     /// Begins a file on a thread of its own. When it is complete, older states of its documents are removed but for
     /// the newest: that may be before a layer which is not finished yet. Nothing at or before layer `protected` is
     /// removed.
-    pub fn begin(&self, kept: Kept, protected: usize) -> Snapshot {
+    ///
+    /// # Errors
+    /// Exit code 5 where the system refuses a thread.
+    pub fn begin(&self, kept: Kept, protected: usize) -> Result<Snapshot> {
         let (rows, incoming) = bounded(WAITING);
         let writer = Writer {
             path: self.path(&kept),
@@ -172,7 +176,8 @@ impl States {
             protected,
             kept,
         };
-        Snapshot { rows, writer: std::thread::spawn(move || writer.run(&incoming)) }
+        let writer = threads::spawn("states", move || writer.run(&incoming))?;
+        Ok(Snapshot { rows, writer })
     }
 
     /// Reads the hidden states of `documents` before `layer` into `bytes`, which is resized.
@@ -272,7 +277,7 @@ impl Snapshot {
     /// Exit code 5 where the disk refused.
     pub fn finish(self) -> Result<()> {
         drop(self.rows);
-        self.writer.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))
+        threads::value(self.writer.join())
     }
 }
 
@@ -384,7 +389,7 @@ mod tests {
     }
 
     fn keep(states: &States, layer: usize, documents: Range<usize>) {
-        let snapshot = states.begin(Kept { layer, documents: documents.clone() }, 0);
+        let snapshot = states.begin(Kept { layer, documents: documents.clone() }, 0).unwrap();
         documents.for_each(|document| assert!(snapshot.take(rows(document..document + 1))));
         snapshot.finish().unwrap();
     }
@@ -447,7 +452,7 @@ mod tests {
         // Other documents, and what a later sweep starts from, are left alone.
         keep(&states, 7, 0..2);
         assert_eq!(layers(&states), [4, 5, 7]);
-        let snapshot = states.begin(Kept { layer: 8, documents: 0..4 }, 5);
+        let snapshot = states.begin(Kept { layer: 8, documents: 0..4 }, 5).unwrap();
         assert!(snapshot.take(rows(0..4)));
         snapshot.finish().unwrap();
         assert_eq!(layers(&states), [4, 5, 7, 8]);
@@ -458,7 +463,7 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let states = open(dir.path(), "a");
         for (bytes, files) in [(rows(0..2), 0), (vec![0xFF; rows(0..4).len()], 1)] {
-            let snapshot = states.begin(Kept { layer: 1, documents: 0..4 }, 0);
+            let snapshot = states.begin(Kept { layer: 1, documents: 0..4 }, 0).unwrap();
             snapshot.take(bytes);
             snapshot.finish().unwrap();
             assert_eq!(fs::read_dir(dir.path()).unwrap().count(), files);

@@ -73,20 +73,6 @@ pub fn survey(
     options: &PlanOptions,
     lengths: impl FnOnce(&ModelConfig) -> Result<Vec<usize>>,
 ) -> Result<Survey> {
-    // The model's path, the device and the directory for hidden states are each rank's own.
-    let mine = PlanOptions {
-        model: PathBuf::new(),
-        device: DeviceChoice::Auto,
-        work_dir: options.work_dir.as_ref().map(|_| PathBuf::new()),
-        ..options.clone()
-    };
-    let asked = cluster.all_gather(&format!("{mine:?}"))?;
-    cluster.agree(match asked[cluster.rank()] == asked[0] {
-        true => Ok(()),
-        false => Err(Error::usage("this rank was started with other options than rank 0").fix(
-            "give every rank the same options; only MODEL, --device and the path after --work-dir may differ",
-        )),
-    })?;
     let opened = cluster.agree(cluster.attend(|| open(options)))?;
     let (checkpoint, model, inventory) = opened;
     let digests = cluster.all_gather(&checkpoint.digest())?;
@@ -108,14 +94,14 @@ pub fn survey(
         cluster.rank(),
         cluster.size(),
     ))?;
-    let mut machine = Machine::here(cluster.host(), cluster.local_size(), memory);
+    let mut machine = cluster.machine(memory);
     let (local_rank, threads) = (cluster.local_rank(), machine.threads);
     let opened = cluster.attend(|| Device::open(options.device, inventory.compute, local_rank, threads));
     let device = cluster.agree(opened)?;
     tracing::debug!("{} is open", device.name());
     // A card's host keeps files in memory that the card does not use.
     let cache = match device.memory() {
-        Some((_, false)) => Machine::here(cluster.host(), cluster.local_size(), None).memory,
+        Some((_, false)) => cluster.machine(None).memory,
         _ => 0,
     };
     if let (Some((free, integrated)), None) = (device.memory(), memory) {
@@ -137,7 +123,7 @@ pub fn survey(
     // other is noise, which the plan should not show. Where equal ranks outnumber the cores, only as many measure as
     // those serve at once.
     let kind = Kind {
-        host: cluster.host().to_string(),
+        host: cluster.host_id(),
         device: format!("{} × {}", machine.threads, device.name()),
         micro_batch_tokens: device.micro_batch_tokens(),
     };
@@ -163,7 +149,8 @@ pub fn survey(
         link: cluster.link_rate()?,
         company,
         crowding,
-        host: kind.host,
+        host: cluster.host().to_string(),
+        host_id: kind.host,
     };
     let nodes = cluster.gather(&node)?;
     // Made once for the whole job: the smallest of what the devices like.
@@ -184,7 +171,8 @@ pub fn survey(
 /// Ranks whose rates are the same.
 #[derive(PartialEq, serde::Serialize, serde::Deserialize)]
 struct Kind {
-    host: String,
+    /// The host's number.
+    host: usize,
     /// Threads and what they compute on.
     device: String,
     micro_batch_tokens: usize,

@@ -19,6 +19,7 @@ use crate::error::{Error, Result};
 use crate::model::{Batch, Decoder, LayerWeights, Site};
 use crate::planner::Mode;
 use crate::report::Work;
+use crate::threads;
 
 /// What all sweeps over a slice share.
 pub struct Walk<'a, B: Solver> {
@@ -137,7 +138,7 @@ impl<'a, B: Solver> Walk<'a, B> {
             .collect();
         std::thread::scope(|scope| {
             let (to_walk, loaded) = bounded(stage.ahead());
-            scope.spawn(move || {
+            let load = move || {
                 for layer in to_load {
                     let start = stage.timeline.now();
                     let weights = stage.load(layer);
@@ -146,7 +147,8 @@ impl<'a, B: Solver> Walk<'a, B> {
                         break; // the walk has failed and says why
                     }
                 }
-            });
+            };
+            threads::scoped(scope, "load", load)?;
             self.run_loaded(course, &visits, &loaded, sweep)
         })
     }

@@ -3,9 +3,11 @@
 use std::fmt;
 use std::str::FromStr;
 
+use clap::ValueEnum;
+
 use super::Node;
 use crate::error::{Error, Result};
-use crate::units::parse_bytes;
+use crate::units::{parse_bytes, write_name};
 
 /// The rate at which a disk is taken to be read, in bytes/s.
 const READ_RATE: f64 = 1e9;
@@ -14,7 +16,7 @@ const READ_RATE: f64 = 1e9;
 pub const ASSUMED_LINK: f64 = 1.25e9;
 
 /// What kind of machine is assumed.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 pub enum MachineKind {
     /// A GPU that shares the host's memory: 100 TFLOP/s.
     Uma,
@@ -58,6 +60,7 @@ impl AssumedMachine {
         Node {
             rank,
             host: self.to_string(),
+            host_id: rank,
             memory: memory.unwrap_or(usable(self.memory)),
             cache: usable(self.host),
             flops,
@@ -73,12 +76,8 @@ impl AssumedMachine {
 
 impl fmt::Display for AssumedMachine {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let kind = match self.kind {
-            MachineKind::Uma => "uma",
-            MachineKind::Gpu => "gpu",
-            MachineKind::Cpu => "cpu",
-        };
-        write!(f, "{:.0} GiB {kind}", self.memory as f64 / (1u64 << 30) as f64)
+        write!(f, "{:.0} GiB ", self.memory as f64 / (1u64 << 30) as f64)?;
+        write_name(&self.kind, f)
     }
 }
 
@@ -96,12 +95,7 @@ impl FromStr for AssumedMachine {
             Some(("gpu", host)) => ("gpu", parse_bytes(host)?),
             Some(_) => return Err(wrong()),
         };
-        let kind = match kind {
-            "uma" => MachineKind::Uma,
-            "gpu" => MachineKind::Gpu,
-            "cpu" => MachineKind::Cpu,
-            _ => return Err(wrong()),
-        };
+        let kind = MachineKind::from_str(kind, false).map_err(|_| wrong())?;
         Ok(AssumedMachine { memory: parse_bytes(memory)?, kind, host })
     }
 }

@@ -28,8 +28,10 @@ use crate::error::{Error, Result};
 pub struct Node {
     /// MPI rank.
     pub rank: usize,
-    /// Host name.
+    /// Host name, for people.
     pub host: String,
+    /// A number that all ranks on this host have, and no others.
+    pub host_id: usize,
     /// Bytes that this rank may use where it computes.
     pub memory: u64,
     /// Bytes of host memory beside `memory` that keep files which were read once; none where `memory` is
@@ -218,8 +220,10 @@ impl Planner<'_> {
         let mut kinds: Vec<Kind> = Vec::new();
         let mut by_rank: Vec<usize> = Vec::new();
         for (index, node) in self.nodes.iter().enumerate() {
-            let equal =
-                |other: &Node| Node { rank: node.rank, host: node.host.clone(), ..other.clone() } == *node;
+            let (host, host_id) = (&node.host, node.host_id);
+            let equal = |other: &Node| {
+                Node { rank: node.rank, host: host.clone(), host_id, ..other.clone() } == *node
+            };
             if let Some(other) = self.nodes[..index].iter().position(equal) {
                 by_rank.push(by_rank[other]);
                 continue;
@@ -335,7 +339,7 @@ impl Planner<'_> {
         });
         let times = simulate(paces, group, model.statistics.is_some(), work);
         let crowded = staged.iter().map(|(node, ..)| *node).filter(|node| node.crowding > 1.0).map(|node| {
-            let mates = staged.iter().zip(&times).filter(|((other, ..), _)| other.host == node.host);
+            let mates = staged.iter().zip(&times).filter(|((other, ..), _)| other.host_id == node.host_id);
             let busy: Vec<f64> = mates.map(|(_, times)| times.busy).collect();
             node.crowding * busy.iter().sum::<f64>() / busy.len() as f64
         });

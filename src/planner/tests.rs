@@ -10,6 +10,7 @@ pub(super) fn node(rank: usize, memory: u64, flops: f64) -> Node {
     Node {
         rank,
         host: format!("host{rank}"),
+        host_id: rank,
         memory,
         cache: 0,
         flops,
@@ -222,9 +223,8 @@ fn a_link_that_is_slower_than_its_stages_sets_the_pace() {
 #[test]
 fn ranks_that_outnumber_cores_are_as_fast_as_the_cores() {
     let crowd = |ranks: usize, work: &Work| {
-        let host = "one".to_string();
         let member = |rank| Node {
-            host: host.clone(),
+            host_id: 0,
             company: ranks,
             crowding: (ranks as f64 / 2.0).max(1.0),
             ..node(rank, GIB, 1e9)
@@ -238,6 +238,23 @@ fn ranks_that_outnumber_cores_are_as_fast_as_the_cores() {
         assert!((320.0..341.0).contains(&piped), "{ranks} ranks: {piped} s");
         assert!((640.0..641.0).contains(&alone), "{ranks} ranks, one of which computes at a time: {alone} s");
     }
+}
+
+#[test]
+fn hosts_of_one_name_do_not_share_their_cores() {
+    // Two hosts of two ranks each. The ranks of one are slowed by each other, however the hosts are called.
+    let named = |name: fn(usize) -> &'static str| {
+        let member = |rank: usize| Node {
+            host: name(rank).into(),
+            host_id: rank / 2 * 2,
+            company: 2,
+            crowding: if rank < 2 { 2.0 } else { 1.0 },
+            ..node(rank, GIB, if rank < 2 { 1e9 } else { 1e8 })
+        };
+        let many = Work { micro_batches: 64, ..work() };
+        plan(&(0..4).map(member).collect::<Vec<_>>(), &model(64), &many, Some(&[16; 4])).unwrap().seconds
+    };
+    assert_eq!(named(|_| "vm"), named(|rank| if rank < 2 { "a" } else { "b" }));
 }
 
 #[test]

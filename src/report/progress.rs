@@ -1,6 +1,7 @@
 //! Progress on rank 0: a bar where a terminal shows it, a line every few seconds elsewhere.
 
 use std::io::IsTerminal;
+use std::sync::OnceLock;
 use std::time::{Duration, Instant};
 
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
@@ -19,6 +20,12 @@ pub struct Progress {
     reached: Vec<(usize, usize, usize)>,
 }
 
+/// The bar that is on the terminal.
+static SHOWN: OnceLock<ProgressBar> = OnceLock::new();
+
+/// How long a launcher gets to pass on that the bar is gone: what is said next goes another way through it.
+const PASSING_ON: Duration = Duration::from_millis(50);
+
 struct Plain {
     last: Instant,
 }
@@ -36,6 +43,9 @@ impl Progress {
         let bar = ProgressBar::with_draw_target(Some(total), target);
         let style = "{bar:30} {pos}/{len} layer passes  {per_sec}  {elapsed} < {eta}  {msg}";
         bar.set_style(ProgressStyle::with_template(style).expect("the template is constant"));
+        if !bar.is_hidden() {
+            let _ = SHOWN.set(bar.clone());
+        }
         let plain = (!terminal && !quiet).then(|| Plain { last: Instant::now() });
         let reached = plan.stages.iter().map(|s| (s.rank, s.layers.start, s.layers.end)).collect();
         Progress { bar, plain, total, started: Instant::now(), reached }
@@ -75,5 +85,13 @@ impl Progress {
     /// Takes the bar away.
     pub fn finish(&self) {
         self.bar.finish_and_clear();
+    }
+
+    /// Takes the bar away from any thread, if there is one, and for good.
+    pub fn clear() {
+        if let Some(bar) = SHOWN.get().filter(|bar| !bar.is_finished()) {
+            bar.finish_and_clear();
+            std::thread::sleep(PASSING_ON);
+        }
     }
 }

@@ -344,7 +344,7 @@ fn a_hostfile_with_more_slots_than_layers_is_refused_with_the_numbers() {
 
 #[test]
 fn ranks_that_do_not_belong_together_are_refused_by_name() {
-    // The same names, another configuration; no directory at all; another scheme.
+    // The same names, another configuration; no directory at all; other options; a misspelled one; another command.
     let (scene, other) = (Scene::new(), Scene::new());
     let mut config = other.config();
     config["rope_theta"] = json!(1234.0);
@@ -354,7 +354,10 @@ fn ranks_that_do_not_belong_together_are_refused_by_name() {
     let cases = [
         (plan(&other, "nvfp4a16"), 3, "another model"),
         (plan("/no/such/model", "nvfp4a16"), 3, "/no/such/model"),
-        (plan(&model, "nvfp4"), 2, "other options"),
+        (plan(&model, "nvfp4"), 2, "with --scheme nvfp4, rank 0 with --scheme nvfp4a16"),
+        (plan(&model, "nvfp4a16") + " --seed 5", 2, "with --seed 5, rank 0 with --seed 0"),
+        (plan(&model, "nvfp4a16") + " --sed 5", 2, "'--sed'"),
+        (format!("inspect {model}"), 2, "as distq inspect, rank 0 as distq plan"),
     ];
     for (second, code, part) in cases {
         let first = plan(&model, "nvfp4a16");
@@ -362,6 +365,17 @@ fn ranks_that_do_not_belong_together_are_refused_by_name() {
         assert_eq!((ended, messages.len()), (Some(code), 1), "{messages:?}");
         assert!(messages[0].contains("rank 1") && messages[0].contains(part), "{messages:?}");
     }
+    // A rank that writes where its own shards begin would spoil what the others wrote.
+    let out = scene.path("out").display().to_string();
+    let quantize = |size: &str| format!("quantize {model} {out} --method max --max-shard-size {size}");
+    let (code, messages) =
+        launch(&format!("-np 1 DISTQ {} : -np 1 DISTQ {}", quantize("70KB"), quantize("61KB")));
+    assert_eq!((code, messages.len()), (Some(2), 1), "{messages:?}");
+    assert!(
+        messages[0].contains("with --max-shard-size 61KB, rank 0 with --max-shard-size 70KB"),
+        "{messages:?}"
+    );
+    assert!(!scene.path("out.partial").exists());
     let ended = scene.quantize("out").ranks(3).broken(2, "SHIM_MPI=Fast_MPI_9").run();
     assert_eq!((ended.code, ended.messages().len()), (5, 1), "{}", ended.stderr);
     let words = ["rank 2", "Fast_MPI_9", "same MPI on every host"];

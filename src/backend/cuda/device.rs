@@ -134,7 +134,7 @@ impl Cuda {
         }
         // Compiling needs no context, so it goes on beside the rest.
         let architecture = format!("{major}{minor}");
-        let compiling = std::thread::spawn(move || kernels::elementwise(compute, &architecture));
+        let compiling = threads::spawn("nvrtc", move || kernels::elementwise(compute, &architecture))?;
         let stream = context.new_stream().map_err(open)?;
         // A finished layer's few kernels go before the next layer's many: behind them, the next but one would wait.
         let (_, highest) = cudarc::driver::result::stream::get_priority_range().map_err(open)?;
@@ -148,7 +148,7 @@ impl Cuda {
         let lane = |stream| Lane::new(stream, &copiers).map_err(open);
         let new_lane = || context.new_stream().map_err(open).and_then(lane);
         let rounding = Mutex::new(Rounding::new(&finishing).map_err(open)?);
-        let compiled = compiling.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))?;
+        let compiled = threads::value(compiling.join())?;
         Ok(Cuda {
             kernels: Kernels::new(&context, compiled)?,
             name: context.name().map_err(open)?,
