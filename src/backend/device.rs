@@ -6,11 +6,11 @@ use crate::error::Result;
 /// What the user asked for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
 pub enum DeviceChoice {
-    /// A GPU where there is one for this rank, else the CPU.
+    /// A GPU for each rank that finds one, else the CPU.
     Auto,
     /// The CPU.
     Cpu,
-    /// A GPU, or an error.
+    /// A GPU; a rank that finds none ends the job.
     Cuda,
 }
 

@@ -14,9 +14,9 @@ use crate::units::write_name;
 #[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum, serde::Serialize, serde::Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum Layout {
-    /// `compressed-tensors`, format `nvfp4-pack-quantized`: vLLM, SGLang, Transformers.
+    /// The format nvfp4-pack-quantized, which vLLM, SGLang and Transformers load.
     CompressedTensors,
-    /// `modelopt`: vLLM, SGLang, TensorRT-LLM.
+    /// The format of nvidia-modelopt, which vLLM, SGLang and TensorRT-LLM load.
     Modelopt,
 }
 

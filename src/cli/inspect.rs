@@ -9,9 +9,9 @@ use distq::report::inspect;
 /// Arguments of `distq inspect`.
 #[derive(clap::Args)]
 pub struct Args {
-    /// A Hugging Face directory, quantized or not.
+    /// The directory of a Hugging Face checkpoint, quantized or not.
     dir: PathBuf,
-    /// Print JSON.
+    /// Print the findings as JSON.
     #[arg(long)]
     json: bool,
 }

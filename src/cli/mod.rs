@@ -18,19 +18,19 @@ use distq::error::Result;
 
 /// Quantizes large language models to NVFP4 over any mix of machines.
 ///
-/// Start it alone, with mpirun or with Slurm: `mpirun -np 3 --hostfile hosts distq quantize MODEL OUT`.
+/// Start it alone, with mpirun or with Slurm, for example: mpirun -np 3 --hostfile hosts distq quantize MODEL OUT
 #[derive(Parser)]
-#[command(name = "distq", version, max_term_width = 110, args_override_self = true)]
+#[command(name = "distq", version, max_term_width = 110, args_override_self = true, after_long_help = AFTER_HELP)]
 pub struct Cli {
     #[command(subcommand)]
     command: Command,
-    /// Log more (-v: what each rank decides, -vv: every step).
+    /// Log what each rank measures and when.
     #[arg(short, long, global = true, action = clap::ArgAction::Count)]
     verbose: u8,
-    /// Print nothing but errors and results that were asked for.
+    /// Print nothing but errors and what the command is for: no plan, no progress, no warnings.
     #[arg(short, long, global = true)]
     quiet: bool,
-    /// End the job when a rank has not been heard of for this long while ranks work together.
+    /// End the job when nothing is heard of a rank for so many seconds.
     #[arg(long, global = true, default_value_t = 120, value_name = "SECONDS", value_parser = clap::value_parser!(u64).range(1..))]
     link_timeout: u64,
 }
@@ -48,6 +48,19 @@ enum Command {
     /// Measure perplexity, and the distance to a reference's predictions.
     Eval(eval::Args),
 }
+
+const AFTER_HELP: &str = "\
+Environment:
+  DISTQ_MODEL      Read the model from this directory instead of MODEL, on a host whose copy lies elsewhere
+  OMP_NUM_THREADS  Threads of a rank, instead of its share of the cores that it may use
+
+Exit codes:
+  0  Done
+  2  The arguments are wrong, the output exists, or ranks were started with different options
+  3  The checkpoint or the calibration data can't be used
+  4  The model does not fit, or the split is impossible
+  5  A rank, a device, a link or a disk failed, a signal came, or NaN or zero was found; --resume goes on where it can
+  6  Verification found the output wrong";
 
 impl Cli {
     /// Reads the command line.

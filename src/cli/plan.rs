@@ -17,15 +17,16 @@ pub struct Args {
     plan: PlanArgs,
     #[command(flatten)]
     calib: CalibArgs,
-    /// Plan for these machines instead of those at hand, e.g. 128GiB:uma,24GiB:gpu,24GiB:gpu:64GiB,64GiB:cpu:
-    /// memory, kind, and for a card its host's memory.
+    /// Plan for these machines instead of those at hand: memory and kind of each (uma: a GPU in the host's memory; gpu: a
+    /// card; cpu: no GPU), and for a card also the memory of its host. For example
+    /// 128GiB:uma,24GiB:gpu,24GiB:gpu:64GiB,64GiB:cpu
     #[arg(long, value_delimiter = ',', value_name = "SIZE:KIND,...")]
     nodes: Vec<AssumedMachine>,
-    /// With --nodes: their links, one value for all or one for each, e.g. 2.5Gbit. Two machines exchange hidden
-    /// states at the lower of theirs. Default: 10Gbit.
+    /// The links of these machines, one value for all or one for each, such as 2.5Gbit. Two machines exchange hidden
+    /// states at the lower of their rates. Without it, 10Gbit is assumed.
     #[arg(long, value_delimiter = ',', value_parser = parse_link, value_name = "RATE,...", requires = "nodes")]
     link: Vec<f64>,
-    /// Print JSON.
+    /// Print the plan as JSON.
     #[arg(long)]
     json: bool,
 }

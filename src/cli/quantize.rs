@@ -14,32 +14,33 @@ use distq::units::parse_bytes;
 /// How a checkpoint is split over ranks; shared with `distq plan`.
 #[derive(clap::Args)]
 pub struct PlanArgs {
-    /// Source: a Hugging Face directory in BF16, F16 or F32.
+    /// The source: the directory of a Hugging Face checkpoint in BF16, F16 or F32.
     pub model: PathBuf,
-    /// Layout of the output: compressed-tensors or modelopt.
+    /// The layout of the output: how tensors are named and described.
     #[arg(long, default_value = "compressed-tensors")]
     pub layout: Layout,
-    /// What is quantized: nvfp4 (weights and activations) or nvfp4a16 (weights only).
+    /// What is quantized.
     #[arg(long, default_value = "nvfp4")]
     pub scheme: Scheme,
-    /// How codes and scales are chosen: best, or pieces joined by +: [smooth+] max, sweep, wsweep, gptq or gptq+guard
-    /// [+headroom].
+    /// How codes and scales are chosen: best, or one of max, sweep, wsweep, gptq and gptq+guard, with smooth+ in front
+    /// or +headroom behind where wanted.
     #[arg(long, default_value = "best", value_name = "NAME")]
     pub method: Method,
-    /// Leave these modules in their dtype: full names with `*` for any part, or re:EXPRESSION. Repeatable.
+    /// Leave modules as they are: their full names, with * for any part, or re: and a regular expression. May be
+    /// repeated.
     #[arg(long, value_name = "PATTERN")]
     pub ignore: Vec<String>,
-    /// Layers by rank, e.g. 41,41,6. Default: what the planner finds.
+    /// The number of layers of each rank, such as 41,41,6. Without it the planner chooses.
     #[arg(long, value_delimiter = ',', value_name = "N,N,...")]
     pub layers_per_rank: Option<Vec<usize>>,
-    /// Memory by rank, or one value for all, e.g. 118GiB,115GiB,22GiB. Default: what each host has.
+    /// The memory that each rank may use, such as 118GiB,115GiB,22GiB, or one value for all. Without it, what is free.
     #[arg(long, value_delimiter = ',', value_parser = parse_bytes, value_name = "SIZE,...")]
     pub memory_per_rank: Vec<u64>,
-    /// Where to compute: auto (a GPU for each rank that finds one), cpu or cuda.
+    /// Where to compute.
     #[arg(long, default_value = "auto")]
     pub device: DeviceChoice,
-    /// A directory on each host, on a disk of its own or a shared one, for hidden states: so that a resumed run begins
-    /// where the one before ended, and for those that have no room in memory.
+    /// Keep hidden states in this directory, which must exist on each host: a resumed run then begins where the one
+    /// before ended, and what has no room in memory is kept here too.
     #[arg(long, value_name = "DIR")]
     pub work_dir: Option<PathBuf>,
 }
@@ -75,19 +76,19 @@ impl PlanArgs {
 /// Which documents calibrate; shared with `distq plan`.
 #[derive(clap::Args)]
 pub struct CalibArgs {
-    /// Calibration documents: a .jsonl, .txt or .parquet file, or builtin.
+    /// The file of calibration documents (JSON lines, text or Parquet), or builtin for the set inside the program.
     #[arg(long, default_value = "builtin", value_name = "FILE|builtin")]
     pub calib: Source,
-    /// Documents to use.
+    /// The number of documents to use.
     #[arg(long, default_value_t = 256, value_name = "N", value_parser = clap::value_parser!(u64).range(1..))]
     pub calib_samples: u64,
-    /// Skip documents with fewer tokens.
+    /// Skip documents with fewer tokens than this.
     #[arg(long, default_value_t = 150, value_name = "N")]
     pub calib_min_tokens: usize,
-    /// Cut documents with more tokens.
+    /// Cut documents after so many tokens.
     #[arg(long, default_value_t = 1200, value_name = "N")]
     pub calib_max_tokens: usize,
-    /// 0 takes documents in their order, any other number shuffles them.
+    /// Shuffle the documents with this number; 0 takes them in their order.
     #[arg(long, default_value_t = 0, value_name = "N")]
     pub seed: u64,
 }
@@ -117,23 +118,23 @@ impl CalibArgs {
 pub struct Args {
     #[command(flatten)]
     plan: PlanArgs,
-    /// Output directory; appears only when it is complete and proven.
+    /// The output directory. It appears when it is complete and verified.
     out: PathBuf,
     #[command(flatten)]
     calib: CalibArgs,
-    /// Largest output file.
+    /// The largest size of an output file.
     #[arg(long, default_value = "5GB", value_parser = parse_bytes, value_name = "SIZE")]
     max_shard_size: u64,
-    /// Send every tensor through rank 0, even where ranks could write in place.
+    /// Have rank 0 write everything, even where other ranks see the output directory and could write to it.
     #[arg(long)]
     gather: bool,
-    /// Continue an unfinished run.
+    /// Continue an unfinished run, with the same options.
     #[arg(long, conflicts_with = "overwrite")]
     resume: bool,
-    /// Replace OUT and whatever an unfinished run left.
+    /// Replace OUT, and start again where an earlier run did not finish.
     #[arg(long)]
     overwrite: bool,
-    /// Write a report: JSON, or a page with plots where the name ends in .html. Repeatable.
+    /// Write a report to this file: a page with plots where its name ends in .html, else JSON. May be repeated.
     #[arg(long, value_name = "FILE")]
     report: Vec<PathBuf>,
 }

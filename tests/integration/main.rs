@@ -5,6 +5,7 @@ mod families;
 mod faults;
 mod hosts;
 mod job;
+mod machines;
 mod methods;
 mod ranks;
 mod resume;

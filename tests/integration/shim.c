@@ -3,6 +3,7 @@
  *
  *     SHIM_FILE    what a path must contain for its file to be broken
  *     SHIM_WRITE   bytes after which writing to it finds the disk full
+ *     SHIM_KILL    bytes after which writing to it kills the process
  *     SHIM_READ    reading it: `read` fails with EIO, `map` gives pages that can't be read
  *     SHIM_READS   calls that `read` lets pass first
  *     SHIM_CLOCK   seconds by which the wall clock is off
@@ -11,6 +12,7 @@
 #define _GNU_SOURCE
 #include <dlfcn.h>
 #include <errno.h>
+#include <signal.h>
 #include <stdatomic.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -38,7 +40,9 @@ static int broken(int fd, const char *how)
 
 static int full(int fd, size_t bytes)
 {
-    static atomic_size_t written;
+    static atomic_size_t written, before;
+    if (broken(fd, "SHIM_KILL") && atomic_fetch_add(&before, bytes) + bytes > strtoul(getenv("SHIM_KILL"), NULL, 10))
+        kill(getpid(), SIGKILL);
     if (!broken(fd, "SHIM_WRITE") || atomic_fetch_add(&written, bytes) + bytes <= strtoul(getenv("SHIM_WRITE"), NULL, 10))
         return 0;
     errno = ENOSPC;
