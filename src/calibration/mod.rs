@@ -3,6 +3,7 @@
 mod batches;
 mod conversation;
 mod documents;
+mod jinja;
 mod sampling;
 mod select;
 mod template;

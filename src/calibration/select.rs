@@ -4,6 +4,7 @@ use std::collections::BTreeMap;
 use std::path::Path;
 
 use super::documents::{Document, Source};
+use super::template::TODAY;
 use super::tokenize::Tokenize;
 use crate::error::{Error, Result};
 
@@ -133,6 +134,12 @@ impl Calibration {
             summary
                 .warnings
                 .push("the checkpoint has no chat template: messages were joined as plain text".into());
+        }
+        if tokenize.holds_a_date() {
+            summary.warnings.push(format!(
+                "the chat template writes the current date: calibration always writes {TODAY}, so that the same \
+                 command gives the same bytes on any day"
+            ));
         }
     }
 }

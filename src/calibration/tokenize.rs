@@ -38,6 +38,10 @@ impl Tokenize {
                 match self.template.as_ref().and_then(Option::as_ref) {
                     Some(template) => {
                         let text = template.render(&conversation)?;
+                        let text = text.map_err(|reason| {
+                            Error::input(reason)
+                                .fix("leave the line out, or calibrate with text instead of messages")
+                        })?;
                         self.encode(&text, false)
                     }
                     None => self.encode(&joined(&conversation.messages), true),
@@ -57,6 +61,11 @@ impl Tokenize {
     /// Whether a conversation was tokenized without a template.
     pub fn lacks_template(&self) -> bool {
         matches!(self.template, Some(None))
+    }
+
+    /// Whether conversations' tokens hold the date that templates ask for.
+    pub fn holds_a_date(&self) -> bool {
+        matches!(&self.template, Some(Some(template)) if template.asks_for_the_date())
     }
 
     fn encode(&mut self, text: &str, special: bool) -> Result<Vec<u32>> {
@@ -87,9 +96,14 @@ fn load(path: &Path) -> Result<Tokenizer> {
     Ok(tokenizer)
 }
 
-/// A conversation's contents, one after another.
+/// A conversation's text, one message after another.
 fn joined(messages: &Value) -> String {
-    let contents =
-        messages.as_array().into_iter().flatten().filter_map(|message| message["content"].as_str());
+    let parts = |content: &Value| match content {
+        Value::Array(parts) => {
+            parts.iter().filter_map(|part| part["text"].as_str()).map(str::to_string).collect()
+        }
+        content => content.as_str().map(str::to_string).into_iter().collect::<Vec<_>>(),
+    };
+    let contents = messages.as_array().into_iter().flatten().flat_map(|message| parts(&message["content"]));
     contents.collect::<Vec<_>>().join("\n\n")
 }
