@@ -52,7 +52,13 @@ pub fn value<T>(joined: std::thread::Result<T>) -> T {
     joined.expect("a thread that panics ends the process")
 }
 
+/// What it means that the system refuses a thread.
+pub const REFUSED: &str = "out of memory, or of threads that the system allows";
+/// What to do about it.
+pub const REMEDY: &str = "free some memory, allow more threads (ulimit -u, a container's pids.max) or more memory (ulimit \
+                          -v), or give this rank fewer layers or less with --memory-per-rank; then use --resume where \
+                          the run had begun";
+
 fn refused(name: &str, error: &dyn std::fmt::Display) -> Error {
-    Error::run(format!("can't start a thread ({name}): {error}"))
-        .fix("free memory, or allow more threads (ulimit -u, a container's pids.max)")
+    Error::run(format!("{REFUSED}: the thread {name:?} can't be started: {error}")).fix(REMEDY)
 }

@@ -304,18 +304,6 @@ impl Checkpoint {
         })
     }
 
-    /// Asks the kernel to start reading these tensors; what it can't do it leaves undone.
-    pub fn prefetch<'a>(&self, names: impl IntoIterator<Item = &'a str>) {
-        use std::os::fd::AsRawFd;
-        for entry in names.into_iter().filter_map(|name| self.tensors.get(name)) {
-            let fd = self.handles[entry.file].as_raw_fd();
-            // SAFETY: advice on an open descriptor; no memory is involved.
-            unsafe {
-                libc::posix_fadvise(fd, entry.offset as i64, entry.bytes as i64, libc::POSIX_FADV_WILLNEED);
-            }
-        }
-    }
-
     /// The first error of any reader of its tensors, for those who only want to know whether all went well.
     pub fn trouble(&self) -> Option<&Error> {
         self.trouble.get()

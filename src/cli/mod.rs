@@ -31,7 +31,7 @@ pub struct Cli {
     #[arg(short, long, global = true)]
     quiet: bool,
     /// End the job when nothing is heard of a rank for so many seconds.
-    #[arg(long, global = true, default_value_t = 120, value_name = "SECONDS", value_parser = clap::value_parser!(u64).range(1..))]
+    #[arg(long, global = true, default_value_t = 120, value_name = "SECONDS", value_parser = seconds)]
     link_timeout: u64,
 }
 
@@ -100,6 +100,23 @@ impl Cli {
             Command::Eval(args) => eval::run(args, cluster),
         }
     }
+}
+
+/// Reads a number that is at least 1.
+fn positive(text: &str) -> Result<u64, String> {
+    text.parse()
+        .ok()
+        .filter(|&number| number > 0)
+        .ok_or_else(|| "give a whole number that is at least 1".into())
+}
+
+/// The longest that a rank may be silent: a year.
+const LONGEST_SILENCE: u64 = 365 * 24 * 3600;
+
+/// Reads a time in seconds.
+fn seconds(text: &str) -> Result<u64, String> {
+    let number = positive(text).ok().filter(|&number| number <= LONGEST_SILENCE);
+    number.ok_or_else(|| format!("give a whole number of seconds from 1 to {LONGEST_SILENCE}"))
 }
 
 /// Prints a value on rank 0: as JSON where asked for, as a table otherwise.

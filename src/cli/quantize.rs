@@ -80,7 +80,7 @@ pub struct CalibArgs {
     #[arg(long, default_value = "builtin", value_name = "FILE|builtin")]
     pub calib: Source,
     /// The number of documents to use.
-    #[arg(long, default_value_t = 256, value_name = "N", value_parser = clap::value_parser!(u64).range(1..))]
+    #[arg(long, default_value_t = 256, value_name = "N", value_parser = super::positive)]
     pub calib_samples: u64,
     /// Skip documents with fewer tokens than this.
     #[arg(long, default_value_t = 150, value_name = "N")]
@@ -98,10 +98,11 @@ impl CalibArgs {
     pub fn options(&self) -> Result<CalibOptions> {
         if self.calib_max_tokens < self.calib_min_tokens.max(1) {
             return Err(Error::usage(format!(
-                "--calib-max-tokens {} is less than --calib-min-tokens {}",
-                self.calib_max_tokens, self.calib_min_tokens
+                "no document can have at least {} tokens (--calib-min-tokens) when documents are cut after {} \
+                 (--calib-max-tokens)",
+                self.calib_min_tokens, self.calib_max_tokens
             ))
-            .fix("raise the one or lower the other"));
+            .fix("give a --calib-max-tokens that is at least as large as --calib-min-tokens, and at least 1"));
         }
         Ok(CalibOptions {
             source: self.calib.clone(),

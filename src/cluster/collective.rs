@@ -128,6 +128,6 @@ fn to_json<T: Serialize>(value: &T) -> Vec<u8> {
 fn from_json<T: DeserializeOwned>(bytes: &[u8]) -> Result<T> {
     serde_json::from_slice(bytes).map_err(|e| {
         Error::run(format!("another rank sent something unreadable: {e}"))
-            .fix("run the same distq binary on every host")
+            .fix("run the same build of distq on every host")
     })
 }

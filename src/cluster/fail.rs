@@ -104,23 +104,20 @@ pub fn abort(code: i32) -> ! {
     transport::abort(code)
 }
 
-/// What is said where the standard library finds that it can't go on.
-const NO_SYSTEM: &str = "the system gives no more memory or threads (ulimit -v, ulimit -u, a container's pids.max); free \
-                         some, give this rank fewer layers or less --memory-per-rank, then use --resume";
-
 /// A rank that panics would otherwise wait for ever in MPI's finalisation, and the others for it.
 pub(super) fn install_panic_hook(cluster: &Cluster) {
     let who = cluster.place("");
+    let no_system = format!("{}; {}", threads::REFUSED, threads::REMEDY);
     std::panic::set_hook(Box::new(move |info| {
         // A new thread that finds no memory for its signal stack panics in the standard library, before it runs anything
         // of distq's.
         let by_system = info.location().is_some_and(|place| place.file().contains("library/std/src/sys/"));
         if by_system && std::thread::current().name() != Some("main") {
-            last_words::end(NO_SYSTEM);
+            last_words::end(&no_system);
         }
         // Last words of another thread are for the main thread to pass on. This is that thread, or a fault of distq's.
         match by_system {
-            true => say(&format!("{who}{NO_SYSTEM}")),
+            true => say(&format!("{who}{no_system}")),
             false => {
                 say(&format!("{who}internal error: {info}; please report it with the command that led here"))
             }
@@ -132,10 +129,26 @@ pub(super) fn install_panic_hook(cluster: &Cluster) {
 /// Whether this rank has nothing more to say: a launcher sends SIGTERM to those that are left when one has ended.
 static TOLD: AtomicBool = AtomicBool::new(false);
 
+/// Whether what this job has done so far can be resumed.
+static RESUMABLE: AtomicBool = AtomicBool::new(false);
+
+/// What to do when the job was ended by something that has nothing to do with it.
+pub(super) fn remedy() -> &'static str {
+    match RESUMABLE.load(Ordering::Relaxed) {
+        true => "start it again with --resume, and it goes on where it was",
+        false => "start it again",
+    }
+}
+
 /// What takes away that which a message would be mixed with, such as a bar on the terminal.
 static CLEAR: OnceLock<fn()> = OnceLock::new();
 
 impl Cluster {
+    /// This is a job that `--resume` can go on with: messages about its end say so.
+    pub fn can_be_resumed(&self) {
+        RESUMABLE.store(true, Ordering::Relaxed);
+    }
+
     /// Has `clear` called before the message that ends the job is written.
     pub fn before_last_words(&self, clear: fn()) {
         let _ = CLEAR.set(clear);

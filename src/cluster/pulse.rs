@@ -8,6 +8,7 @@ use std::cell::{Cell, RefCell};
 use std::collections::BTreeMap;
 use std::time::{Duration, Instant};
 
+use super::fail::remedy;
 use super::{Cluster, Frame, Tag};
 use crate::error::{Error, ExitCode, Result};
 use crate::{last_words, threads};
@@ -79,7 +80,11 @@ impl Cluster {
                 let host = self.names.get(peer).map(|host| format!(" ({host})")).unwrap_or_default();
                 let silence = self.silence.as_secs();
                 return Err(Error::run(format!("rank {peer}{host} has been silent for {silence} s")).fix(
-                    "check that host and the network to it, then use --resume; --link-timeout sets the time",
+                    format!(
+                        "check that host and the network to it, then {}; --link-timeout sets how long a rank may be \
+                         silent",
+                        remedy()
+                    ),
                 ));
             }
         }

@@ -8,7 +8,7 @@ use signal_hook::consts::{SIGINT, SIGTERM};
 use signal_hook::iterator::Signals;
 
 use super::Cluster;
-use super::fail::{abort, say};
+use super::fail::{abort, remedy, say};
 use crate::error::{Error, ExitCode, Result};
 use crate::threads;
 
@@ -41,7 +41,7 @@ pub(super) fn watch(cluster: &Cluster) -> Result<()> {
             return;
         }
         let name = if signal == SIGINT { "SIGINT" } else { "SIGTERM" };
-        say(&format!("{place}stopped by {name}; a quantize run goes on where it was with --resume"));
+        say(&format!("{place}stopped by {name}; {}", remedy()));
         abort(ExitCode::Run as i32)
     };
     threads::spawn("signals", listen)?;

@@ -35,11 +35,13 @@ impl Cluster {
                 Tag::Hidden => match to_worker.try_send(frame) {
                     Ok(()) => Ok(Pumped::Taken),
                     Err(TrySendError::Full(frame)) => Ok(Pumped::Later(frame)),
-                    Err(TrySendError::Disconnected(_)) => {
-                        Err(Error::run(format!("hidden states from rank {peer} came unasked")))
-                    }
+                    Err(TrySendError::Disconnected(_)) => Err(Error::run(format!(
+                        "rank {peer} sent hidden states after this rank's walk had ended"
+                    ))
+                    .fix("report this with the command that led here")),
                 },
-                _ => Err(Error::run(format!("rank {peer} sent a message that is not for this rank"))),
+                _ => Err(Error::run(format!("rank {peer} sent a message that is not for this rank"))
+                    .fix("report this with the command that led here")),
             });
             if let (Err(error), Some(_)) = (&pumped, &self.transport) {
                 // Other ranks must not wait until this one's worker notices.

@@ -52,6 +52,7 @@ pub struct Options {
 /// Any of the documented exit codes; the output directory appears only on success.
 pub fn quantize(cluster: &Cluster, options: &Options) -> Result<()> {
     let started = Instant::now();
+    cluster.can_be_resumed();
     // First of all: nobody wants to learn after an hour that the output can't be where it should.
     let mut dir = None;
     cluster.from_root(|| {

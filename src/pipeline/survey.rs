@@ -87,7 +87,7 @@ pub fn survey(
     })?;
     tracing::debug!("the model is open");
     let lengths = lengths(&model)?;
-    tracing::debug!("the calibration data is there");
+    tracing::debug!("the calibration data is read");
     let memory = cluster.agree(by_rank(
         "--memory-per-rank",
         &options.memory_per_rank,
@@ -98,7 +98,6 @@ pub fn survey(
     let (local_rank, threads) = (cluster.local_rank(), machine.threads);
     let opened = cluster.attend(|| Device::open(options.device, inventory.compute, local_rank, threads));
     let device = cluster.agree(opened)?;
-    tracing::debug!("{} is open", device.name());
     // A card's host keeps files in memory that the card does not use.
     let cache = match device.memory() {
         Some((_, false)) => cluster.machine(None).memory,
@@ -107,9 +106,15 @@ pub fn survey(
     if let (Some((free, integrated)), None) = (device.memory(), memory) {
         machine.computes_on(free, integrated);
     }
+    tracing::debug!(
+        "computes with {} on {} threads, and may use {}",
+        device.name(),
+        machine.threads,
+        binary(machine.memory)
+    );
     // Ranks that share a disk measure it together, as they will use it.
     let read_rate = cluster.agree(cluster.attend(|| checkpoint.read_rate()))?;
-    tracing::debug!("files are read at {}/s", binary(read_rate as u64));
+    tracing::debug!("the source's files are read at {}/s", binary(read_rate as u64));
     let probe = Probe {
         model: &model,
         method: options.method,
@@ -132,7 +137,7 @@ pub fn survey(
     let measures = (before as f64) < company as f64 / crowding;
     let rates = cluster.agree(measures.then(|| cluster.attend(|| device.run(probe))).transpose())?;
     if let Some(rates) = &rates {
-        tracing::debug!("{:.3e} FLOP/s, {:.3e} with statistics", rates.forward, rates.statistics);
+        tracing::debug!("computes at {:.3e} FLOP/s, {:.3e} with statistics", rates.forward, rates.statistics);
     }
     let measured = cluster.all_gather(&(read_rate, rates))?;
     let equal = kinds.iter().zip(&measured).filter(|(other, _)| **other == kind);
@@ -255,7 +260,9 @@ fn by_rank<T: Copy>(option: &str, chosen: &[T], rank: usize, ranks: usize) -> Re
         [] => Ok(None),
         [all] => Ok(Some(*all)),
         each if each.len() == ranks => Ok(Some(each[rank])),
-        each => Err(Error::plan(format!("{option} names {} ranks, the job has {ranks}", each.len()))
-            .fix("give one value for all ranks or one for each")),
+        each => {
+            Err(Error::plan(format!("{option} has values for {} ranks, and the job has {ranks}", each.len()))
+                .fix("give one value for all ranks or one for each"))
+        }
     }
 }

@@ -125,10 +125,10 @@ pub fn plan(nodes: &[Node], model: &ModelCost, work: &Work, counts: Option<&[usi
     let layers = model.layers();
     if nodes.len() > layers {
         return Err(Error::plan(format!(
-            "{} ranks for {layers} layers: a rank would have nothing to do",
+            "{} ranks for {layers} layers: each rank computes at least one layer",
             nodes.len()
         ))
-        .fix(format!("start at most {layers} ranks")));
+        .fix(format!("start at most {layers} ranks, for example with mpirun -np {layers}")));
     }
     let planner = Planner { nodes: steady::steady(nodes), model, work };
     match counts {
@@ -142,14 +142,18 @@ fn checked_counts(counts: &[usize], ranks: usize, layers: usize) -> Result<&[usi
     let listed = counts.iter().map(usize::to_string).collect::<Vec<_>>().join(",");
     if counts.len() != ranks {
         return Err(Error::plan(format!(
-            "--layers-per-rank {listed} names {} ranks, the job has {ranks}",
+            "--layers-per-rank {listed} is for {} ranks, and the job has {ranks}",
             counts.len()
         ))
         .fix(format!("give {ranks} numbers that add up to {layers}")));
     }
-    if total != layers || counts.contains(&0) {
+    if let Some(rank) = counts.iter().position(|&count| count == 0) {
+        return Err(Error::plan(format!("--layers-per-rank {listed} leaves rank {rank} without a layer"))
+            .fix(format!("give {ranks} positive numbers that add up to {layers}, or start fewer ranks")));
+    }
+    if total != layers {
         return Err(Error::plan(format!(
-            "--layers-per-rank {listed} covers {total} layers, the model has {layers}"
+            "--layers-per-rank {listed} covers {total} layers, and the model has {layers}"
         ))
         .fix(format!("give {ranks} positive numbers that add up to {layers}")));
     }

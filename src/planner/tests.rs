@@ -197,7 +197,7 @@ fn impossible_splits_say_the_numbers() {
         (2, None, vec!["3 ranks", "2 layers"]),
         (30, Some(vec![10, 10]), vec!["2 ranks", "has 3"]),
         (30, Some(vec![10, 10, 9]), vec!["29", "30"]),
-        (30, Some(vec![15, 15, 0]), vec!["15,15,0"]),
+        (30, Some(vec![15, 15, 0]), vec!["15,15,0", "rank 2"]),
     ] {
         let error = plan(&nodes, &model(layers), &work(), given.as_deref()).unwrap_err();
         assert_eq!(error.exit, ExitCode::Plan);

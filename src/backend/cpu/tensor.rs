@@ -7,6 +7,7 @@ use safetensors::Dtype;
 use crate::backend::Compute;
 use crate::checkpoint::{SourceTensor, widen};
 use crate::error::{Error, Result};
+use crate::nvfp4::Element;
 
 /// A row-major matrix in host memory.
 pub struct Tensor {
@@ -34,9 +35,12 @@ pub enum View<'a> {
 }
 
 /// An activation's element: BF16 or F32, with the rounding that storing it implies.
-pub trait Scalar: Pod + Send + Sync {
+pub trait Scalar: Element + Pod {
     /// The value, exact.
-    fn get(self) -> f32;
+    #[inline(always)]
+    fn get(self) -> f32 {
+        self.to_f32()
+    }
     /// The nearest value, ties to even.
     fn round(x: f32) -> Self;
     /// A tensor's elements, which must be of this type.
@@ -46,11 +50,6 @@ pub trait Scalar: Pod + Send + Sync {
 }
 
 impl Scalar for f32 {
-    #[inline(always)]
-    fn get(self) -> f32 {
-        self
-    }
-
     #[inline(always)]
     fn round(x: f32) -> f32 {
         x
@@ -73,11 +72,6 @@ impl Scalar for f32 {
 }
 
 impl Scalar for bf16 {
-    #[inline(always)]
-    fn get(self) -> f32 {
-        f32::from_bits((self.to_bits() as u32) << 16)
-    }
-
     #[inline(always)]
     fn round(x: f32) -> bf16 {
         let bits = x.to_bits();

@@ -31,14 +31,18 @@ thread_local! {
 }
 
 /// The whole product, panels of 32 columns in parallel.
-pub fn product(m: usize, n: usize, k: usize, x: &[bf16], w: &[bf16], finish: Finish<'_>) {
+///
+/// # Safety
+/// The processor is one for which [`available`] holds.
+pub unsafe fn product(m: usize, n: usize, k: usize, x: &[bf16], w: &[bf16], finish: Finish<'_>) {
     let pairs = even(m, k, x);
     let (x, k_even) = pairs.as_ref().map_or((x, k), |copy| (copy.as_slice(), k + 1));
     (0..n.div_ceil(COLS)).into_par_iter().for_each(|panel| {
         let first = panel * COLS;
         let width = COLS.min(n - first);
         SCRATCH.with_borrow_mut(|(packed, sums)| {
-            panel_sums(m, width, k, k_even, x, &w[first * k..(first + width) * k], packed, sums);
+            // SAFETY: by this function's own contract.
+            unsafe { panel_sums(m, width, k, k_even, x, &w[first * k..(first + width) * k], packed, sums) };
             for (row, sums) in sums[..m * COLS].chunks_exact(COLS).enumerate() {
                 finish(row, first, &sums[..width]);
             }
@@ -47,13 +51,17 @@ pub fn product(m: usize, n: usize, k: usize, x: &[bf16], w: &[bf16], finish: Fin
 }
 
 /// The whole product on this thread.
-pub fn small(m: usize, n: usize, k: usize, x: &[bf16], w: &[bf16], out: &mut [f32]) {
+///
+/// # Safety
+/// The processor is one for which [`available`] holds.
+pub unsafe fn small(m: usize, n: usize, k: usize, x: &[bf16], w: &[bf16], out: &mut [f32]) {
     let pairs = even(m, k, x);
     let (x, k_even) = pairs.as_ref().map_or((x, k), |copy| (copy.as_slice(), k + 1));
     SCRATCH.with_borrow_mut(|(packed, sums)| {
         for first in (0..n).step_by(COLS) {
             let width = COLS.min(n - first);
-            panel_sums(m, width, k, k_even, x, &w[first * k..(first + width) * k], packed, sums);
+            // SAFETY: by this function's own contract.
+            unsafe { panel_sums(m, width, k, k_even, x, &w[first * k..(first + width) * k], packed, sums) };
             for (row, sums) in sums[..m * COLS].chunks_exact(COLS).enumerate() {
                 out[row * n + first..][..width].copy_from_slice(&sums[..width]);
             }
@@ -74,8 +82,11 @@ fn even(m: usize, k: usize, x: &[bf16]) -> Option<Vec<bf16>> {
 }
 
 /// Fills `sums [m, 32]` with `x [m, k_even] · wᵀ [width, k]`; columns beyond `width` are zero.
+///
+/// # Safety
+/// The processor is one for which [`available`] holds.
 #[allow(clippy::too_many_arguments)]
-fn panel_sums(
+unsafe fn panel_sums(
     m: usize,
     width: usize,
     k: usize,
@@ -94,7 +105,7 @@ fn panel_sums(
         let depth = DEPTH.min(pairs - from);
         pack(width, k, from, depth, w, packed);
         for row in (0..m).step_by(ROWS) {
-            // SAFETY: this module is entered only where `available` holds. Rows beyond `m` are clamped to the
+            // SAFETY: the processor has the instructions by this function's contract. Rows beyond `m` are clamped to the
             // last one, so every pair read lies inside `x`; `packed` holds `depth` rows of 32 pairs; `sums`
             // has whole tiles.
             unsafe {

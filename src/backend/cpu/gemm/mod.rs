@@ -5,7 +5,10 @@
 
 #[cfg(target_arch = "x86_64")]
 mod avx512;
+mod matrix;
 mod portable;
+
+pub use matrix::{Matrix, gemm};
 
 use half::bf16;
 
@@ -34,7 +37,8 @@ impl Product<'_> {
         match (self.x, self.w) {
             #[cfg(target_arch = "x86_64")]
             (View::Bf16(x), View::Bf16(w)) if avx512::available() => {
-                avx512::product(self.m, self.n, self.k, x, w, finish)
+                // SAFETY: the processor has what the module needs.
+                unsafe { avx512::product(self.m, self.n, self.k, x, w, finish) }
             }
             _ => portable::product(self, finish),
         }
@@ -45,7 +49,8 @@ impl Product<'_> {
 pub fn small(m: usize, n: usize, k: usize, x: &[bf16], w: &[bf16], out: &mut [f32]) {
     #[cfg(target_arch = "x86_64")]
     if avx512::available() {
-        return avx512::small(m, n, k, x, w, out);
+        // SAFETY: the processor has what the module needs.
+        return unsafe { avx512::small(m, n, k, x, w, out) };
     }
     let (x, w): (Vec<f32>, Vec<f32>) = (portable::widen(x), portable::widen(w));
     portable::sgemm(m, n, k, &x, &w, out);

@@ -4,7 +4,7 @@ use half::bf16;
 use rayon::prelude::*;
 
 use super::super::tensor::{Scalar, View};
-use super::{Finish, Product};
+use super::{Finish, Matrix, Product, gemm};
 
 /// Rows of `w` that are widened and multiplied together. Fixed, so that results depend on nothing else.
 const PANEL: usize = 128;
@@ -44,25 +44,5 @@ pub fn widen(x: &[bf16]) -> Vec<f32> {
 
 /// `out [m, n] = x [m, k] · wᵀ [n, k]`.
 pub fn sgemm(m: usize, n: usize, k: usize, x: &[f32], w: &[f32], out: &mut [f32]) {
-    assert!(x.len() >= m * k && w.len() >= n * k && out.len() >= m * n, "operands fit their shapes");
-    // SAFETY: the strides below stay inside the slices, whose lengths were just checked; `out` is not
-    // aliased, being borrowed mutably.
-    unsafe {
-        matrixmultiply::sgemm(
-            m,
-            k,
-            n,
-            1.0,
-            x.as_ptr(),
-            k as isize,
-            1,
-            w.as_ptr(),
-            1,
-            k as isize,
-            0.0,
-            out.as_mut_ptr(),
-            n as isize,
-            1,
-        );
-    }
+    gemm(1.0, Matrix::new(x, m, k, k), Matrix::new(w, n, k, k).transposed(), 0.0, out, n);
 }

@@ -15,7 +15,8 @@
 
 use rayon::prelude::*;
 
-use super::dense::{Matrix, cholesky, gemm};
+use super::super::gemm::{Matrix, gemm};
+use super::dense::cholesky;
 use crate::nvfp4::{BLOCK, GlobalScale, QuantizedLinear, best_scale, e2m1, e4m3};
 use crate::simd::wide;
 
