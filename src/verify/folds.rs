@@ -1,8 +1,9 @@
 //! Folds that an output shows: by how much each input channel was scaled, and what must make up for it.
 //!
-//! A fold multiplies what produces a channel and divides the weights that read it. Nothing the writer believed
-//! is needed to undo it: where a norm or a bias produces the channel, its own weights tell the factor; elsewhere
-//! the reading weights do, in the sense of least squares, and the producing rows are held to it.
+//! A fold multiplies what produces a channel and divides the weights that read it. Nothing the writer believed is
+//! needed to undo it. A norm's own weights tell its factors exactly, and so do the elements of a bias that are not
+//! zero. Where rows of v and up alone produce the channel, its factor is measured: in the row that produces it and in
+//! the columns that read it, each counting as much as it can be trusted.
 
 use rayon::prelude::*;
 use safetensors::Dtype;
@@ -32,26 +33,24 @@ impl LayerFolds {
             return folds;
         }
         for (site, norm) in [Site::Qkv, Site::GateUp].into_iter().zip(model.layer_norms(layer)) {
-            folds.columns[site as usize] = stored_factors(subject, &norm.name);
+            let factors = stored_factors(subject, &norm.name);
+            let factors = factors.map(|factors| factors.into_iter().map(|f| f.unwrap_or(1.0)).collect());
+            folds.columns[site as usize] = factors;
         }
         let groups = model.groups(layer);
-        for site in [Site::O, Site::Down] {
-            folds.columns[site as usize] = read_factors(subject, &groups[site as usize].members[0]);
-        }
-        // Query heads that share a value head share its factors; their mean is less noisy than one.
+        let member = |site: Site, member: usize| &groups[site as usize].members[member];
+        let columns = |site: Site| folds.columns[site as usize].as_deref();
+        // Query heads that share a value head read the same rows of v.
         let (repeats, width) = (model.heads / model.kv_heads, model.head_dim);
-        folds.v = folds.columns[Site::O as usize].as_ref().map(|factors| {
-            let heads = factors.chunks_exact(repeats * width);
-            let mean = |head: &[f32], i: usize| (0..repeats).map(|r| head[r * width + i]).sum::<f32>();
-            heads.flat_map(|head| (0..width).map(move |i| mean(head, i) / repeats as f32)).collect()
-        });
-        folds.up = folds.columns[Site::Down as usize].clone();
-        // A producer's bias holds its factors as exactly as a norm does.
-        let bias = |site: Site, member: usize| {
-            groups[site as usize].members[member].bias().and_then(|name| stored_factors(subject, &name))
-        };
-        folds.v = bias(Site::Qkv, 2).or(folds.v);
-        folds.up = bias(Site::GateUp, 1).or(folds.up);
+        let reads = |channel: usize| channel / (repeats * width) * width + channel % width;
+        folds.v = row_factors(subject, member(Site::Qkv, 2), columns(Site::Qkv), member(Site::O, 0), reads);
+        folds.up = row_factors(
+            subject,
+            member(Site::GateUp, 1),
+            columns(Site::GateUp),
+            member(Site::Down, 0),
+            |i| i,
+        );
         folds.columns[Site::Down as usize].clone_from(&folds.up);
         folds.columns[Site::O as usize] = folds.v.as_ref().map(|factors| {
             let heads = factors.chunks_exact(width);
@@ -78,47 +77,149 @@ impl LayerFolds {
     }
 }
 
-/// The ratio of a vector to the source's; 1 where that is zero.
-fn stored_factors(subject: &Subject, name: &str) -> Option<Vec<f32>> {
+/// Whether an element of a norm or of a bias can be the source's times a factor: the sign is the same, and what was
+/// not zero is zero only where the factor may have made it too small for the dtype.
+pub fn holds_factor(dtype: Dtype, here: f32, there: f32) -> bool {
+    /// No fold makes an element smaller than by this.
+    const LEAST: f32 = 1.0 / 64.0;
+    let vanished = here == 0.0 && (there * LEAST).abs() <= smallest_normal(dtype);
+    vanished || if there == 0.0 { here == 0.0 } else { (here / there).is_normal() && here / there > 0.0 }
+}
+
+fn smallest_normal(dtype: Dtype) -> f32 {
+    if dtype == Dtype::F16 { half::f16::MIN_POSITIVE.to_f32() } else { f32::MIN_POSITIVE }
+}
+
+/// The ratio of a vector's elements to the source's; none for those that tell nothing, because they are zero or have
+/// lost digits.
+fn stored_factors(subject: &Subject, name: &str) -> Option<Vec<Option<f32>>> {
     let source = subject.source.as_ref()?.tensor(name).ok()?;
     let here = SourceTensor::from_bytes(name, source.dtype, &source.shape, &subject.map(name)?).ok()?;
     let (there, here) = (widen(&source).ok()?, widen(&here).ok()?);
-    let ratio = |(here, there): (&f32, &f32)| if *there == 0.0 { 1.0 } else { here / there };
+    let least = smallest_normal(source.dtype);
+    let told = |x: f32| x.abs() >= least;
+    let ratio = |(&here, &there): (&f32, &f32)| (told(here) && told(there)).then(|| here / there);
     (here.len() == there.len()).then(|| here.iter().zip(&there).map(ratio).collect())
 }
 
-/// `Σ_rows w² / Σ_rows ŵ·w` of each column.
-fn read_factors(subject: &Subject, linear: &LinearSpec) -> Option<Vec<f32>> {
-    let source = subject.source.as_ref()?.tensor(&linear.weight()).ok()?;
-    let known = matches!(source.dtype, Dtype::BF16 | Dtype::F16 | Dtype::F32);
-    if !known || source.shape != [linear.rows, linear.cols] {
-        return None;
+/// The factors of a producer's rows: those of its bias where it has one that tells them, measured ones elsewhere. The
+/// reader's column `i` reads row `reads(i)`, and the producer's own columns were divided by `columns`. None where the
+/// linears can't be compared with the source.
+fn row_factors(
+    subject: &Subject,
+    producer: &LinearSpec,
+    columns: Option<&[f32]>,
+    reader: &LinearSpec,
+    reads: impl Fn(usize) -> usize,
+) -> Option<Vec<f32>> {
+    let told = producer.bias().and_then(|name| stored_factors(subject, &name));
+    let rows = Pair::open(subject, producer)?.rows(columns)?;
+    let read = Pair::open(subject, reader)?.columns()?;
+    let mut measured: Vec<[f64; 2]> = rows.iter().map(|line| line.log_ratio(producer.cols)).collect();
+    for (i, line) in read.iter().enumerate() {
+        let [sum, weight] = line.log_ratio(reader.rows);
+        let row = &mut measured[reads(i)];
+        *row = [row[0] - sum, row[1] + weight];
     }
-    let names = subject.names(&linear.name);
-    let global = subject.layout?.global(subject.scalar(&names.weight_global)?);
-    let n = linear.cols;
-    // Read part by part: layers are looked at side by side, and none should be in memory whole.
-    const ROWS: usize = 64;
-    let part = |part: usize| -> Option<Vec<[f64; 2]>> {
-        let elements = part * ROWS * n..linear.rows.min((part + 1) * ROWS) * n;
-        let (mut codes, mut scales) = (vec![0; elements.len() / 2], vec![0; elements.len() / BLOCK]);
-        subject.read(&names.codes, elements.start / 2, &mut codes)?;
-        subject.read(&names.scales, elements.start / BLOCK, &mut scales)?;
-        let (mut w, mut back) = (Vec::new(), vec![0.0; elements.len()]);
-        read_range(&source, elements, &mut Vec::new(), &mut w)?;
-        dequantize(&codes, &scales, global, &mut back);
-        let mut sums = vec![[0.0; 2]; n];
-        for (w, q) in w.chunks_exact(n).zip(back.chunks_exact(n)) {
-            for ([squares, products], (w, q)) in sums.iter_mut().zip(w.iter().zip(q)) {
-                *squares += *w as f64 * *w as f64;
-                *products += *w as f64 * *q as f64;
-            }
+    // Rows and columns that are zero, in the source or after rounding, tell nothing.
+    let factor = |[sum, weight]: [f64; 2]| if weight > 0.0 { (sum / weight).exp() as f32 } else { 1.0 };
+    let measured = measured.into_iter().map(factor);
+    Some(match told {
+        None => measured.collect(),
+        Some(told) => {
+            told.into_iter().zip(measured).map(|(told, measured)| told.unwrap_or(measured)).collect()
         }
-        Some(sums)
-    };
-    let parts = (0..linear.rows.div_ceil(ROWS)).into_par_iter().map(part).collect::<Option<Vec<_>>>()?;
-    let total = |column: usize, of: usize| parts.iter().map(|sums| sums[column][of]).sum::<f64>();
-    let factor = |column: usize| (total(column, 0) / total(column, 1)) as f32;
-    // A column of zeros, in the source or after rounding, tells nothing.
-    Some((0..n).map(factor).map(|f| if f.is_normal() && f > 0.0 { f } else { 1.0 }).collect())
+    })
+}
+
+/// A row or a column of the source and of what was made of it: `Σ w²`, `Σ ŵ·w` and `Σ ŵ²`.
+#[derive(Clone, Copy, Default)]
+struct Line([f64; 3]);
+
+impl Line {
+    fn add(&mut self, w: f32, q: f32) {
+        let (w, q) = (w as f64, q as f64);
+        self.0[0] += w * w;
+        self.0[1] += w * q;
+        self.0[2] += q * q;
+    }
+
+    /// The logarithm of the factor by which the source was multiplied, in the sense of least squares, times its weight;
+    /// and its weight, which is the inverse of its variance.
+    fn log_ratio(&self, elements: usize) -> [f64; 2] {
+        /// The least part of a line that rounding is taken to have moved.
+        const ROUNDING: f64 = 1e-4;
+        let [source, both, here] = self.0;
+        let moved = (here * source / (both * both) - 1.0).max(ROUNDING);
+        let (log, weight) = ((both / source).ln(), elements as f64 / moved);
+        if both > 0.0 && log.is_finite() && weight.is_finite() { [log * weight, weight] } else { [0.0; 2] }
+    }
+}
+
+/// A linear here and in the source.
+struct Pair<'a> {
+    subject: &'a Subject,
+    linear: &'a LinearSpec,
+    source: SourceTensor,
+}
+
+/// Rows that are read at a time: layers are looked at side by side, and none should be in memory whole.
+const ROWS: usize = 64;
+
+impl Pair<'_> {
+    fn open<'a>(subject: &'a Subject, linear: &'a LinearSpec) -> Option<Pair<'a>> {
+        let source = subject.source.as_ref()?.tensor(&linear.weight()).ok()?;
+        let known = matches!(source.dtype, Dtype::BF16 | Dtype::F16 | Dtype::F32);
+        (known && source.shape == [linear.rows, linear.cols]).then_some(Pair { subject, linear, source })
+    }
+
+    /// Every row, the source's columns divided by `columns`.
+    fn rows(&self, columns: Option<&[f32]>) -> Option<Vec<Line>> {
+        let parts = self.parts(|w, here| {
+            let row = |(w, here): (&[f32], &[f32])| {
+                let mut line = Line::default();
+                for (i, (w, q)) in w.iter().zip(here).enumerate() {
+                    line.add(w / columns.map_or(1.0, |f| f[i]), *q);
+                }
+                line
+            };
+            w.chunks_exact(self.linear.cols).zip(here.chunks_exact(self.linear.cols)).map(row).collect()
+        })?;
+        Some(parts.concat())
+    }
+
+    /// Every column.
+    fn columns(&self) -> Option<Vec<Line>> {
+        let parts = self.parts(|w, here| {
+            let mut lines = vec![Line::default(); self.linear.cols];
+            for (w, here) in w.chunks_exact(self.linear.cols).zip(here.chunks_exact(self.linear.cols)) {
+                lines.iter_mut().zip(w.iter().zip(here)).for_each(|(line, (w, q))| line.add(*w, *q));
+            }
+            lines
+        })?;
+        let add = |mut sum: Vec<Line>, part: Vec<Line>| {
+            let sums = sum.iter_mut().zip(part);
+            sums.for_each(|(sum, part)| sum.0.iter_mut().zip(part.0).for_each(|(sum, part)| *sum += part));
+            sum
+        };
+        parts.into_iter().reduce(add)
+    }
+
+    /// What `lines` makes of some rows of the source and of what is here, in parallel, in order.
+    fn parts(&self, lines: impl Fn(&[f32], &[f32]) -> Vec<Line> + Sync) -> Option<Vec<Vec<Line>>> {
+        let Pair { subject, linear, source } = self;
+        let names = subject.names(&linear.name);
+        let global = subject.layout?.global(subject.scalar(&names.weight_global)?);
+        let part = |part: usize| {
+            let elements = part * ROWS * linear.cols..linear.rows.min((part + 1) * ROWS) * linear.cols;
+            let (mut codes, mut scales) = (vec![0; elements.len() / 2], vec![0; elements.len() / BLOCK]);
+            subject.read(&names.codes, elements.start / 2, &mut codes)?;
+            subject.read(&names.scales, elements.start / BLOCK, &mut scales)?;
+            let (mut w, mut here) = (Vec::new(), vec![0.0; elements.len()]);
+            read_range(source, elements, &mut Vec::new(), &mut w)?;
+            dequantize(&codes, &scales, global, &mut here);
+            Some(lines(&w, &here))
+        };
+        (0..linear.rows.div_ceil(ROWS)).into_par_iter().map(part).collect()
+    }
 }

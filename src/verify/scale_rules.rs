@@ -75,13 +75,35 @@ fn has_fused(subject: &Subject) -> bool {
     subject.linears.windows(2).any(|pair| pair[0].group == pair[1].group)
 }
 
+/// Weights this large in half of the blocks are no model's: their global scale was taken for its reciprocal.
+const BEYOND_WEIGHTS: f32 = 1e6;
+
+/// What the largest weight of a typical block is at most, as the block scales and the global scale say.
+fn typical_weight(subject: &Subject, scan: &LinearScan) -> f32 {
+    let mut blocks = 0;
+    let half = scan.content.exponents.iter().sum::<u64>() / 2;
+    let median = scan.content.exponents.iter().position(|count| {
+        blocks += count;
+        blocks > half
+    });
+    let layout = subject.layout.unwrap_or(Layout::CompressedTensors);
+    // E4M3's exponents are biased by 7, and E2M1's largest value is 6.
+    6.0 * 2f32.powi(median.unwrap_or(0) as i32 - 6) * layout.global(scan.weight_global).multiplier()
+}
+
 /// A zero or infinite divisor makes every output of the layer NaN; a multiplier in its place loads without
 /// an error and is garbage.
 fn divisors(subject: &Subject, findings: &mut Findings) {
     for scan in &subject.linears {
         let weight = scan.weight_global;
-        if !usable(weight) || weight < 1.0 {
+        let typical = typical_weight(subject, scan);
+        if !usable(weight) {
             findings.error(format!("{}: weight_global_scale {weight:e} is no divisor", scan.module));
+        } else if typical > BEYOND_WEIGHTS {
+            findings.error(format!(
+                "{}: weight_global_scale {weight:e} is no divisor: weights would reach {typical:.1e} in most blocks; is it a multiplier?",
+                scan.module
+            ));
         } else if !(1e1..=1e8).contains(&weight) {
             findings.warn(format!("{}: weight_global_scale {weight:e} is unusual", scan.module));
         }
@@ -102,8 +124,14 @@ fn divisors(subject: &Subject, findings: &mut Findings) {
 fn multipliers(subject: &Subject, findings: &mut Findings) {
     for scan in &subject.linears {
         let weight = scan.weight_global;
-        if !usable(weight) || weight >= 1.0 {
+        let typical = typical_weight(subject, scan);
+        if !usable(weight) {
             findings.error(format!("{}: weight_scale_2 {weight:e} is no multiplier", scan.module));
+        } else if typical > BEYOND_WEIGHTS {
+            findings.error(format!(
+                "{}: weight_scale_2 {weight:e} is no multiplier: weights would reach {typical:.1e} in most blocks; is it a divisor?",
+                scan.module
+            ));
         }
         match scan.input_global {
             Some(input) if !usable(input) => {
@@ -145,7 +173,7 @@ fn block_scales(subject: &Subject, findings: &mut Findings) {
 }
 
 /// Max calibration gives the largest block the scale 448; far less means that the global scale belongs to
-/// other weights.
+/// other weights, or that the largest weights read inputs which hardly matter and were clipped.
 fn range(subject: &Subject, findings: &mut Findings) {
     for group in subject.linears.chunk_by(|a, b| a.group == b.group) {
         let largest = group.iter().map(|scan| scan.content.largest_scale).max().unwrap_or(0);
@@ -154,7 +182,7 @@ fn range(subject: &Subject, findings: &mut Findings) {
             continue; // A7 and A17 judge these
         }
         let text = format!("{}: the largest block scale of its group is {largest:#04x}", group[0].module);
-        if largest < 0x60 {
+        if largest < 0x60 && !subject.weighs_channels() {
             findings.error(text);
         } else if largest < 0x76 {
             findings.warn(text);

@@ -27,10 +27,15 @@ pub struct LinearScan {
     pub input_global: Option<f32>,
     /// The distance to the source.
     pub distance: Option<Distance>,
+    /// The distance that max scales would have, where `distance` is worth a look.
+    pub max_distance: Option<Distance>,
     /// Bytes of codes, of block scales and of the global scale that max calibration would have chosen
     /// otherwise.
     pub differing: Option<usize>,
 }
+
+/// The relative error from which on a linear is compared with what max scales would have made of it.
+pub const WORTH_A_LOOK: f64 = 0.15;
 
 /// Elements that are compared at a time.
 const CHUNK: usize = 1 << 18;
@@ -68,6 +73,8 @@ pub fn scan_group(subject: &Subject, group: &Group, folds: &LayerFolds) -> Vec<L
         };
         let found = scan.run()?;
         let stored = subject.layout.unwrap_or(Layout::Modelopt).scalar(expected);
+        let distance = source.map(|_| found.distance);
+        let close = distance.is_none_or(|distance| distance.relative() <= WORTH_A_LOOK);
         let differs = max && stored != weight_global.to_le_bytes();
         Some(LinearScan {
             module: linear.name.clone(),
@@ -75,7 +82,8 @@ pub fn scan_group(subject: &Subject, group: &Group, folds: &LayerFolds) -> Vec<L
             content: found.content,
             weight_global,
             input_global: subject.scalar(&names.input_global),
-            distance: source.map(|_| found.distance),
+            distance,
+            max_distance: if close { None } else { scan.under_max() },
             differing: source.map(|_| found.differing + if differs { 4 } else { 0 }),
         })
     };
@@ -130,6 +138,25 @@ impl Scan<'_> {
             sum.distance.add(part.distance);
             sum.differing += part.differing;
             Some(sum)
+        })
+    }
+
+    /// The distance of the same weights under max scales with the same global scale.
+    fn under_max(&self) -> Option<Distance> {
+        let part = |buffers: &mut Buffers, part: usize| {
+            let range = part * CHUNK..self.elements.min((part + 1) * CHUNK);
+            let Buffers { stored, w, max_codes, max_scales, .. } = buffers;
+            widen(self.source?, range.clone(), stored, w)?;
+            (self.fold)(range.start, w);
+            max_codes.resize(range.len() / 2, 0);
+            max_scales.resize(range.len() / BLOCK, 0);
+            nvfp4::quantize(w, self.global, max_codes, max_scales);
+            Some(Distance::between(w, max_codes, max_scales, self.global))
+        };
+        let parts = (0..self.elements.div_ceil(CHUNK)).into_par_iter().map_init(Buffers::default, part);
+        parts.collect::<Option<Vec<_>>>()?.into_iter().reduce(|mut sum, part| {
+            sum.add(part);
+            sum
         })
     }
 

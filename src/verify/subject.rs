@@ -16,7 +16,7 @@ use crate::checkpoint::{
     Checkpoint, Declared, Layout, LinearNames, LinearScheme, declared_layout, read_header, snapshot,
 };
 use crate::error::{Error, Result};
-use crate::methods::Method;
+use crate::methods::{Codes, Method};
 use crate::model::{Group, LinearSpec, ModelConfig};
 
 /// A tensor of the directory.
@@ -268,9 +268,16 @@ impl Subject {
 
     /// Whether the files say that factors were folded into norms, v and up.
     pub fn folds(&self) -> bool {
-        let method =
-            self.method.as_ref().filter(|_| self.ours).and_then(|method| method.parse::<Method>().ok());
-        method.is_some_and(|method| method.smooth)
+        self.our_method().is_some_and(|method| method.smooth)
+    }
+
+    /// Whether the files say that block scales were chosen by how much each input matters.
+    pub fn weighs_channels(&self) -> bool {
+        self.our_method().is_some_and(|method| matches!(method.codes, Codes::Wsweep | Codes::Gptq))
+    }
+
+    fn our_method(&self) -> Option<Method> {
+        self.method.as_ref().filter(|_| self.ours)?.parse().ok()
     }
 
     /// Every linear's distance to its source.
