@@ -69,10 +69,14 @@ impl<S: Solver> Layer<'_, S> {
             let kept = group.choose(Linear { w, outputs: &outputs[i], back, plain: plain[i] })?;
             quantized.push(kept.read(solver, solver.largest(w)?, plain[i])?);
         }
+        let again = method.codes == Codes::Gptq && factor.is_none() && trouble.is_none();
         let reasons = [
             folds
                 .gave_up(site)
-                .then(|| "its fold lost to max scales on the rows that judge and was left out".into()),
+                .then(|| "its fold gave worse outputs than max scales and was left out".into()),
+            (method.headroom && self.quantized_inputs && !room)
+                .then(|| "room above its largest input gave worse outputs and was left out".into()),
+            again.then(|| "what was left is without a Hessian, so wsweep took the place of GPTQ".into()),
             trouble,
         ];
         let reasons: Vec<String> = reasons.into_iter().flatten().collect();

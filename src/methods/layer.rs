@@ -22,6 +22,8 @@ pub struct Layer<'a, S: Solver> {
     pub norms: [Vec<f32>; 2],
     /// Rounds to what the stored norms can hold.
     pub round_norm: &'a dyn Fn(f32) -> f32,
+    /// Whether the bias of a row, of v for [`Site::O`] and of up for [`Site::Down`], can hold a factor, if there is one.
+    pub bias_holds: &'a dyn Fn(Site, usize, f32) -> bool,
     /// Query heads that share a key and value head, and features of a head.
     pub heads: (usize, usize),
     /// Tokens behind the products.
@@ -245,9 +247,17 @@ impl<S: Solver> Layer<'_, S> {
             tie: (site == Site::O).then_some(self.heads),
             quantized_inputs: self.quantized_inputs,
         };
+        let (repeats, width) = self.heads;
+        let held = |(channel, factor): (usize, f32)| {
+            let row = match site {
+                Site::O => channel / (repeats * width) * width + channel % width,
+                _ => channel,
+            };
+            if (self.bias_holds)(site, row, factor) { factor } else { 1.0 }
+        };
         choice.best(|wished| match norm_of(site) {
             Some(norm) => self.realized(norm, &wished),
-            None => wished,
+            None => wished.into_iter().enumerate().map(held).collect(),
         })
     }
 

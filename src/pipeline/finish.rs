@@ -2,10 +2,12 @@
 
 use std::collections::HashMap;
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use crossbeam_channel::{Receiver, Sender, bounded};
+use safetensors::Dtype;
 
+use super::health::{healthy_input, healthy_weight};
 use super::job::Job;
 use super::journal::{Chosen, GroupRecord, PartId};
 use super::messages::Outbox;
@@ -15,7 +17,7 @@ use crate::checkpoint::{OutputFiles, narrow, stored, widen};
 use crate::error::{Error, Result};
 use crate::methods::layer::{Folds, Layer, QuantizedGroup};
 use crate::methods::{SiteStatistics, quantize_linear, weight_amax};
-use crate::model::{LayerWeights, Site};
+use crate::model::{Group, LayerWeights, LinearSpec, Site};
 use crate::nvfp4::{BLOCK, GlobalScale, QuantizedLinear};
 use crate::report::{Phases, Timeline, Work};
 use crate::threads;
@@ -176,7 +178,7 @@ impl<B: Solver> Finisher<'_, B> {
             let linears = &weights.linears[group.site as usize];
             let maxima = weight_amax(self.backend, linears)?;
             for (linear, &amax) in group.members.iter().zip(&maxima) {
-                healthy("weights", &linear.weight(), amax)?;
+                healthy_weight(linear, amax)?;
             }
             let global = GlobalScale::from_amax(maxima.iter().copied().fold(0.0, f32::max));
             self.seconds += started.elapsed().as_secs_f64();
@@ -210,10 +212,10 @@ impl<B: Solver> Finisher<'_, B> {
             Inputs::Maxima(maxima) => Some(maxima),
         };
         let mut groups = self.quantized.remove(&layer).expect("weights do not come after maxima");
-        for group in &mut groups {
+        for (group, spec) in groups.iter_mut().zip(&self.job.inventory.layers[layer].quantized) {
             group.input_amax = maxima.map(|by_site| by_site[group.site as usize]);
             if let Some(amax) = group.input_amax {
-                healthy_input(layer, &group.members[0].0, amax)?;
+                healthy_input(spec, layer, amax, true)?;
                 for (name, _) in &group.members {
                     self.input(name, amax)?;
                 }
@@ -237,14 +239,21 @@ impl<B: Solver> Finisher<'_, B> {
         for group in quantized {
             let maxima = weight_amax(self.backend, &weights.linears[group.site as usize])?;
             for (linear, amax) in group.members.iter().zip(maxima) {
-                healthy("weights", &linear.weight(), amax)?;
+                healthy_weight(linear, amax)?;
             }
             let amax = crate::nvfp4::amax(&statistics[group.site as usize].amax);
-            healthy_input(layer, &group.members[0].name, amax)?;
+            healthy_input(group, layer, amax, job.quantized_inputs)?;
         }
         let norms = job.model.layer_norms(layer).map(|norm| job.checkpoint.tensor(&norm.name));
         let [before_attention, before_mlp] = norms;
         let norms = [before_attention?, before_mlp?];
+        let groups = job.model.groups(layer);
+        let bias = |linear: &LinearSpec| -> Result<Option<(Dtype, Vec<f32>)>> {
+            let Some(name) = linear.bias() else { return Ok(None) };
+            let bias = job.checkpoint.tensor(&name)?;
+            Ok(Some((bias.dtype, widen(&bias)?)))
+        };
+        let biases = [bias(v_of(&groups))?, bias(up_of(&groups))?];
         let read = |site: Site| {
             weights.linears[site as usize].iter().map(|l| self.backend.widen(&l.weight)).collect()
         };
@@ -254,6 +263,10 @@ impl<B: Solver> Finisher<'_, B> {
             weights: &read,
             norms: [widen(&norms[0])?, widen(&norms[1])?],
             round_norm: &|x| stored(norms[0].dtype, stored(norms[1].dtype, x)),
+            bias_holds: &|site, row, factor| {
+                let bias = &biases[(site == Site::Down) as usize];
+                bias.as_ref().is_none_or(|(dtype, bias)| stored(*dtype, bias[row] * factor).is_finite())
+            },
             heads: (job.model.heads / job.model.kv_heads, job.model.head_dim),
             tokens: job.sampling.fit_tokens,
             quantized_inputs: job.quantized_inputs,
@@ -264,19 +277,18 @@ impl<B: Solver> Finisher<'_, B> {
             self.seconds += started.elapsed().as_secs_f64();
             let spec =
                 quantized.iter().find(|spec| spec.site == group.site).expect("only these were asked for");
-            let names: Vec<&String> = spec.members.iter().map(|linear| &linear.name).collect();
             if let Some(reason) = &group.fallback {
-                tracing::warn!("{}: {reason}", names[0]);
+                tracing::warn!("{}: {reason}", spec.members[0].name);
             }
             let input = job.quantized_inputs.then_some(group.input_amax);
             let (mut maxima, mut verdicts) = (vec![], vec![]);
-            for (name, member) in names.into_iter().zip(group.members) {
-                healthy("folded weights", name, member.amax)?;
-                self.linear(name, member.linear, group.global)?;
+            for (linear, member) in spec.members.iter().zip(group.members) {
+                healthy_weight(linear, member.amax)?;
+                self.linear(&linear.name, member.linear, group.global)?;
                 if let Some(amax) = input {
-                    self.input(name, group.headroom * amax)?;
+                    self.input(&linear.name, group.headroom * amax)?;
                 }
-                maxima.push((name.clone(), member.amax));
+                maxima.push((linear.name.clone(), member.amax));
                 verdicts.push(member.verdict);
             }
             let QuantizedGroup { site, smoothing, headroom, damping, fallback, .. } = group;
@@ -346,9 +358,7 @@ pub(super) fn rewritten(job: &Job, layer: usize, folds: &Folds) -> Result<HashMa
         }
     }
     let groups = job.model.groups(layer);
-    let v = &groups[Site::Qkv as usize].members[2];
-    let up = &groups[Site::GateUp as usize].members[1];
-    for (linear, factors) in [(v, &folds.v), (up, &folds.up)] {
+    for (linear, factors) in [(v_of(&groups), &folds.v), (up_of(&groups), &folds.up)] {
         if let (Some(name), Some(factors)) = (linear.bias(), factors) {
             let bias = job.checkpoint.tensor(&name)?;
             let values: Vec<f32> = widen(&bias)?.iter().zip(factors).map(|(bias, f)| bias * f).collect();
@@ -358,25 +368,12 @@ pub(super) fn rewritten(job: &Job, layer: usize, folds: &Folds) -> Result<HashMa
     Ok(tensors)
 }
 
-/// How long a fault that may have come from a layer before is kept back.
-const DEFERENCE: Duration = Duration::from_secs(2);
-
-/// The maximum of an input. NaN passes from layer to layer and from stage to stage: where it began, a weight may say
-/// so, which is what the user must know, and that stage is given the time to speak first.
-fn healthy_input(layer: usize, tensor: &str, amax: f32) -> Result<()> {
-    if layer > 0 && !amax.is_finite() {
-        std::thread::sleep(DEFERENCE);
-    }
-    healthy("calibration inputs", tensor, amax)
+/// The linear whose rows take o's fold.
+fn v_of(groups: &[Group]) -> &LinearSpec {
+    &groups[Site::Qkv as usize].members[2]
 }
 
-/// A maximum that can be turned into a scale.
-fn healthy(what: &str, tensor: &str, amax: f32) -> Result<()> {
-    if amax.is_finite() && amax > 0.0 {
-        return Ok(());
-    }
-    let fault = if amax == 0.0 { "are all zero" } else { "hold NaN or infinity" };
-    Err(Error::run(format!("health check: the {what} {fault}"))
-        .tensor(tensor)
-        .fix("repair or replace this tensor in the source, or leave the module out with --ignore"))
+/// The linear whose rows take down's fold.
+fn up_of(groups: &[Group]) -> &LinearSpec {
+    &groups[Site::GateUp as usize].members[1]
 }

@@ -150,6 +150,7 @@ fn folded(backend: &Cpu, job: &Job) -> (Replaced, [usize; 4]) {
             weights: &read,
             norms: [widen(&norms[0]).unwrap(), widen(&norms[1]).unwrap()],
             round_norm: &|x| stored(norms[0].dtype, x),
+            bias_holds: &|_, _, _| true,
             heads: (job.model.heads / job.model.kv_heads, job.model.head_dim),
             tokens: job.ids.len(),
             quantized_inputs: true,

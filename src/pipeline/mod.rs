@@ -6,6 +6,7 @@ mod embedding;
 mod finish;
 #[cfg(test)]
 mod fold_tests;
+mod health;
 mod ignore;
 mod inventory;
 mod job;

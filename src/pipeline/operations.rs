@@ -33,14 +33,15 @@ pub fn pairs(model: &ModelConfig, lengths: &[usize]) -> u64 {
 }
 
 /// Choosing a layer's codes. Max scales look at each weight once. Everything else multiplies sampled rows with
-/// the weights: to judge a fold (the outputs, no fold and six candidates), max scales (twice) and codes (the
-/// outputs, and each kind of codes). GPTQ factors a Hessian and feeds every column's error back.
+/// the weights: to judge a fold (the outputs, no fold and six candidates), max scales and codes (the outputs, and each
+/// kind of codes), and with `guard` the folds of o and down again, which are a third of the weights. GPTQ factors a Hessian and feeds every column's error back.
 fn solving(model: &ModelConfig, method: Method) -> f64 {
     let weights = weights(model) as f64;
     if !method.needs_statistics() {
         return weights;
     }
-    let judged = 4.0 + 8.0 * f64::from(method.smooth) + f64::from(method.guard);
+    let folds_again = f64::from(method.smooth && method.guard);
+    let judged = 3.0 + 8.0 * f64::from(method.smooth) + f64::from(method.guard) + folds_again;
     let feedback: f64 = (model.groups(0).iter())
         .map(|group| {
             let n = group.members[0].cols as f64;

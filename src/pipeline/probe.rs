@@ -230,6 +230,7 @@ impl<'a, B: Solver> Sample<'a, B> {
             weights: &read,
             norms: [vec![1.0; model.hidden], vec![1.0; model.hidden]],
             round_norm: &|x| x,
+            bias_holds: &|_, _, _| true,
             heads: (model.heads / model.kv_heads, model.head_dim),
             // As many as a Hessian is trusted with.
             tokens: usize::MAX / 2,

@@ -11,6 +11,7 @@ use super::{Bar, Phases};
 use crate::calibration;
 use crate::cluster::{Cluster, Machine, own_memory};
 use crate::error::{Error, Result};
+use crate::methods::Codes;
 use crate::pipeline::{Options, PartId, PartRecord};
 use crate::planner::Plan;
 use crate::units::{binary, duration};
@@ -136,6 +137,48 @@ impl RankReport {
     }
 }
 
+/// How often codes were chosen otherwise than the method asks.
+#[derive(Clone, Copy, Debug, Default)]
+struct Fallbacks {
+    /// Linears.
+    linears: usize,
+    /// Of them, those that kept max scales because everything else lost to them or was too far from the source.
+    max: usize,
+    /// Groups.
+    groups: usize,
+    /// Of them, those that give a reason.
+    reasons: usize,
+}
+
+impl Fallbacks {
+    fn of(parts: &[PartRecord]) -> Fallbacks {
+        let mut count = Fallbacks::default();
+        for chosen in parts.iter().flat_map(|part| &part.groups).filter_map(|group| group.chosen.as_ref()) {
+            count.groups += 1;
+            count.reasons += chosen.fallback.is_some() as usize;
+            count.linears += chosen.verdicts.len();
+            count.max += chosen.verdicts.iter().filter(|verdict| verdict.codes == Codes::Max.name()).count();
+        }
+        count
+    }
+}
+
+impl fmt::Display for Fallbacks {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Fallbacks { linears, max, groups, reasons } = self;
+        if *max > 0 && max < linears {
+            writeln!(f, "{max} of {linears} linears keep max scales: nothing else was as good for them")?;
+        }
+        if *reasons > 0 {
+            writeln!(
+                f,
+                "{reasons} of {groups} inputs were treated otherwise than the method asks: the warnings and --report say why"
+            )?;
+        }
+        Ok(())
+    }
+}
+
 /// Maxima by rank. A linear has one of its weight and one of its input.
 fn health(plan: &Plan, parts: &[PartRecord]) -> BTreeMap<usize, Health> {
     let mut by_rank: BTreeMap<usize, Health> =
@@ -205,6 +248,7 @@ impl fmt::Display for RunReport {
         if let (Some(mean), Some(largest)) = (verified.mean_relative_error, verified.max_relative_error) {
             writeln!(f, "relative error of weights: mean {mean:.4}, largest {largest:.4}")?;
         }
+        write!(f, "{}", Fallbacks::of(&self.parts))?;
         writeln!(
             f,
             "{} to {} ({:.1}%) in {} ({} preparing, {} walking of {} expected, {} proving); verified, {}",

@@ -596,3 +596,18 @@ fn a_number_of_layers_beyond_all_tensors_is_a_finding() {
     let a1 = report.rules.iter().find(|rule| rule.id == "A1").unwrap();
     assert!(a1.findings[0].contains("num_hidden_layers is 1099511627776"), "{report}");
 }
+
+#[test]
+fn a_global_scale_in_place_of_its_reciprocal_is_found_and_large_weights_are_none() {
+    for (layout, rule, suffix) in [(CT, "A6", "weight_global_scale"), (MO, "B4", "weight_scale_2")] {
+        let large = |tensors: &mut Tensors| {
+            let bytes = &mut tensors.get_mut(&format!("{DOWN}.weight")).unwrap().2;
+            bytes[..2].copy_from_slice(&bf16::from_f32(3000.0).to_le_bytes());
+        };
+        let good = Good::of(layout, "max", large);
+        assert!(good.report().passed(), "{}", good.report());
+        good.bytes(&format!("{O}.{suffix}"), |b| *b = (1.0 / f32_of(b)).to_le_bytes().to_vec());
+        let report = verify(good.dir.path(), None).unwrap();
+        assert_eq!(report.failed_rules(), [rule], "{report}");
+    }
+}

@@ -39,7 +39,7 @@ impl Scene {
         change(&mut config);
         scene.write_config(&config);
         let model = distq::model::ModelConfig::parse(config.as_object().unwrap()).unwrap();
-        let layers = (0..LAYERS).flat_map(|layer| model.layer_tensors(layer));
+        let layers = (0..model.layers).flat_map(|layer| model.layer_tensors(layer));
         let specs = std::iter::once(model.embedding()).chain(layers).chain(model.tail_tensors());
         let mut random = Random(7);
         let tensors: Vec<(String, Vec<usize>, Vec<u8>)> = specs
@@ -389,7 +389,7 @@ pub fn digests(dir: &Path) -> BTreeMap<String, String> {
 }
 
 /// xorshift: the same numbers on every machine.
-pub struct Random(u32);
+pub struct Random(pub u32);
 
 impl Random {
     pub fn next(&mut self) -> u32 {
@@ -399,8 +399,23 @@ impl Random {
         self.0
     }
 
+    /// From 0 to 1.
+    pub fn uniform(&mut self) -> f32 {
+        self.next() as f32 / u32::MAX as f32
+    }
+
+    /// One of `n` numbers from 0 on.
+    pub fn below(&mut self, n: usize) -> usize {
+        self.next() as usize % n
+    }
+
+    /// True so often.
+    pub fn chance(&mut self, share: f32) -> bool {
+        self.uniform() < share
+    }
+
     /// Roughly normal: the sum of twelve uniform numbers.
-    fn normal(&mut self) -> f32 {
+    pub fn normal(&mut self) -> f32 {
         (0..12).map(|_| self.next() as f32 / u32::MAX as f32).sum::<f32>() - 6.0
     }
 }

@@ -357,10 +357,10 @@ impl Backend for Cpu {
     }
 
     fn values(&self, x: &Tensor) -> Result<Vec<f32>> {
-        Ok(match x.view() {
-            View::Bf16(x) => x.iter().map(|x| x.get()).collect(),
-            View::F32(x) => x.to_vec(),
-        })
+        Ok(self.pool.install(|| match x.view() {
+            View::Bf16(x) => x.par_iter().map(|x| x.get()).collect(),
+            View::F32(x) => x.par_iter().copied().collect(),
+        }))
     }
 
     fn weight_amax(&self, weight: &Tensor) -> Result<f32> {

@@ -4,17 +4,33 @@
 use rayon::prelude::*;
 
 use super::super::gemm::{Matrix, gemm};
+use super::super::shared::Disjoint;
 
 /// Rows that one task takes.
 const TILE: usize = 64;
+
+/// Output features that one task of a product takes: a sample of a few hundred rows alone is too few tasks.
+const FEATURES: usize = 256;
 
 /// `x · wᵀ`: x `[rows, k]`, w `[n, k]`, result `[rows, n]`.
 pub fn product(x: &[f32], w: &[f32], k: usize) -> Vec<f32> {
     let (rows, n) = (x.len() / k, w.len() / k);
     let mut out = vec![0.0; rows * n];
-    out.par_chunks_mut(TILE * n).zip(x.par_chunks(TILE * k)).for_each(|(out, x)| {
-        let rows = x.len() / k;
-        gemm(1.0, Matrix::new(x, rows, k, k), Matrix::new(w, n, k, k).transposed(), 0.0, out, n);
+    let place = Disjoint::new(&mut out);
+    let tiles = x.par_chunks(TILE * k).enumerate().flat_map(|tile| {
+        let features = w.par_chunks(FEATURES * k).enumerate();
+        features.map(move |features| (tile, features))
+    });
+    tiles.for_each(|((tile, x), (first, w))| {
+        let (rows, features) = (x.len() / k, w.len() / k);
+        let mut part = vec![0.0; rows * features];
+        let (x, w) = (Matrix::new(x, rows, k, k), Matrix::new(w, features, k, k).transposed());
+        gemm(1.0, x, w, 0.0, &mut part, features);
+        for (row, part) in part.chunks_exact(features).enumerate() {
+            let at = (tile * TILE + row) * n + first * FEATURES;
+            // SAFETY: each pair of a tile of rows and some features is one task's.
+            unsafe { place.range(at, features) }.copy_from_slice(part);
+        }
     });
     out
 }

@@ -25,6 +25,9 @@ pub struct Matrix {
 /// Elements that one task of a sum takes.
 const CHUNK: usize = 1 << 14;
 
+/// Columns that one task of a sum by column takes.
+const COLUMNS: usize = 64;
+
 impl Cpu {
     /// A matrix whose rows come from those of `x`.
     fn by_rows(&self, x: &Matrix, row: impl Fn(&mut [f32]) + Send + Sync) -> Matrix {
@@ -62,17 +65,24 @@ impl Solver for Cpu {
 
     fn columns(&self, x: &Matrix) -> Result<Columns> {
         let mut columns = Columns { amax: vec![0.0; x.cols], squares: vec![0.0; x.cols] };
-        for row in x.values.chunks_exact(x.cols) {
-            for ((amax, squares), &w) in columns.amax.iter_mut().zip(&mut columns.squares).zip(row) {
-                *amax = amax.max(w.abs());
-                *squares += w as f64 * w as f64;
-            }
-        }
+        let tasks = columns.amax.par_chunks_mut(COLUMNS).zip(columns.squares.par_chunks_mut(COLUMNS));
+        self.pool.install(|| {
+            tasks.enumerate().for_each(|(task, (amax, squares))| {
+                for row in x.values.chunks_exact(x.cols) {
+                    let row = &row[task * COLUMNS..];
+                    for ((amax, squares), &w) in amax.iter_mut().zip(&mut *squares).zip(row) {
+                        *amax = amax.max(w.abs());
+                        *squares += w as f64 * w as f64;
+                    }
+                }
+            });
+        });
         Ok(columns)
     }
 
     fn largest(&self, x: &Matrix) -> Result<f32> {
-        Ok(amax(&x.values))
+        let parts: Vec<f32> = self.pool.install(|| x.values.par_chunks(CHUNK).map(amax).collect());
+        Ok(amax(&parts))
     }
 
     fn scale(&self, x: &mut Matrix, rows: Option<&[f32]>, columns: Option<&[f32]>) -> Result<()> {
