@@ -114,8 +114,7 @@ fn close(subject: &Subject, findings: &mut Findings) {
     for scan in &subject.linears {
         let Some(relative) = scan.distance.map(|distance| distance.relative()) else { continue };
         let max = scan.max_distance.map_or(0.0, |distance| distance.relative());
-        // Written so that NaN is an error.
-        if !(relative <= CLOSE.max(CLOSE_TO_MAX * max)) {
+        if relative.is_nan() || relative > CLOSE.max(CLOSE_TO_MAX * max) {
             let text = format!("{}: relative error {relative:.3}, {max:.3} under max scales", scan.module);
             findings.error(text);
         } else if relative > WORTH_A_LOOK.max(CLOSE_TO_MAX * max) {
