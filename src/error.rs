@@ -4,8 +4,11 @@
 //! written for the person who reads it on a terminal: the fault first, then the
 //! place (file, tensor), then the remedy. The rank and the host are added by
 //! whoever prints it, because only that layer knows them.
+//!
+//! Names come from checkpoints, that is, from strangers: what could steer a terminal is escaped, and what is too
+//! long to be read is cut, here for every error and with [`printable`] for everything else that is printed.
 
-use std::fmt;
+use std::fmt::{self, Write};
 use std::path::{Path, PathBuf};
 
 /// How the process ends. The numbers are part of the command line's contract.
@@ -118,17 +121,75 @@ impl std::error::Error for Error {}
 
 impl fmt::Display for Error {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{}", self.what)?;
-        match (&self.file, &self.tensor) {
-            (Some(file), Some(tensor)) => write!(f, " ({}, tensor {tensor})", file.display())?,
-            (Some(file), None) => write!(f, " ({})", file.display())?,
+        write!(f, "{}", printable(&self.what, LONGEST_TEXT))?;
+        let file = self.file.as_ref().map(|file| printable(&file.display().to_string(), LONGEST_PATH));
+        let tensor = self.tensor.as_ref().map(|tensor| printable(tensor, LONGEST_NAME));
+        match (file, tensor) {
+            (Some(file), Some(tensor)) => write!(f, " ({file}, tensor {tensor})")?,
+            (Some(file), None) => write!(f, " ({file})")?,
             (None, Some(tensor)) => write!(f, " (tensor {tensor})")?,
             (None, None) => {}
         }
         match &self.fix {
-            Some(fix) => write!(f, "; {fix}"),
+            Some(fix) => write!(f, "; {}", printable(fix, LONGEST_TEXT)),
             None => Ok(()),
         }
+    }
+}
+
+/// Characters of a name, of a path and of a sentence that are printed at most.
+pub const LONGEST_NAME: usize = 200;
+const LONGEST_PATH: usize = 1000;
+const LONGEST_TEXT: usize = 2000;
+
+/// Text from outside as it may be printed: control characters, and those that change the direction of text or begin
+/// a line, are escaped as JSON escapes them; of text with more characters than `longest` the middle is left out.
+pub fn printable(text: &str, longest: usize) -> String {
+    let mut shown = String::with_capacity(text.len().min(longest.saturating_mul(4)));
+    let length = text.chars().count();
+    let (head, tail) = if length > longest { (longest * 2 / 3, longest / 3) } else { (length, 0) };
+    let mut put = |part: &mut dyn Iterator<Item = char>| {
+        for c in part {
+            let _ = match c {
+                _ if !steers(c) => write!(shown, "{c}"),
+                _ => write!(shown, "\\u{:04x}", c as u32),
+            };
+        }
+    };
+    put(&mut text.chars().take(head));
+    if length > longest {
+        put(&mut format!("[{} characters left out]", length - head - tail).chars());
+        put(&mut text.chars().skip(length - tail));
+    }
+    shown
+}
+
+/// Whether a terminal may obey a character instead of showing it.
+fn steers(c: char) -> bool {
+    c.is_control()
+        || matches!(c, '\u{61c}' | '\u{200b}'..='\u{200f}' | '\u{2028}'..='\u{202e}' | '\u{2066}'..='\u{2069}' | '\u{feff}')
+}
+
+/// Text as one word of a shell's command line, for commands that a message gives to be pasted.
+pub fn quoted(text: &str) -> String {
+    let plain = |c: char| c.is_alphanumeric() || "/._-+=:@%,".contains(c);
+    match !text.is_empty() && !text.starts_with('-') && text.chars().all(plain) {
+        true => text.to_string(),
+        false => format!("'{}'", text.replace('\'', r"'\''")),
+    }
+}
+
+/// What helps against an error of the system where distq knows better than "check that the file is readable".
+pub fn remedy(error: &std::io::Error) -> Option<&'static str> {
+    match error.raw_os_error() {
+        Some(libc::EMFILE) => Some(
+            "this process may open no more files: raise its limit with ulimit -n 65536 (a batch system or container \
+             may need an option for that), then run the command again",
+        ),
+        Some(libc::ENFILE) => {
+            Some("the system has no more open files to give: raise fs.file-max with sysctl")
+        }
+        _ => None,
     }
 }
 
@@ -141,6 +202,29 @@ mod tests {
         let error = Error::input("truncated").file("a.safetensors").tensor("w").fix("download it again");
         assert_eq!(error.to_string(), "truncated (a.safetensors, tensor w); download it again");
         assert_eq!(error.exit, ExitCode::Input);
+    }
+
+    #[test]
+    fn names_from_outside_can_neither_steer_a_terminal_nor_fill_it() {
+        let error = Error::input("no \u{1b}[2J")
+            .file("a\n\u{9b}31m")
+            .tensor(format!("{}é", "w\u{7}".repeat(200_000)));
+        let text = error.to_string();
+        assert!(text.starts_with("no \\u001b[2J (a\\u000a\\u009b31m, tensor w\\u0007w"), "{text}");
+        assert!(text.ends_with("é)") && text.contains("399801 characters left out"), "{text}");
+        assert!(text.len() < 1500 && !text.chars().any(char::is_control), "{text}");
+        assert_eq!(printable("model.layers.0.ü\u{202e}", 200), "model.layers.0.ü\\u202e");
+        // What came from another rank has been escaped there, and stays as it is.
+        assert_eq!(Error::reported(ExitCode::Run, text.clone()).to_string(), text);
+    }
+
+    #[test]
+    fn a_pasted_command_runs_nothing_that_a_name_says() {
+        assert_eq!(quoted("/models/a-7b.v1"), "/models/a-7b.v1");
+        for (text, word) in [("a b", "'a b'"), ("-rf", "'-rf'"), ("$(id)", "'$(id)'"), ("it's", r"'it'\''s'")]
+        {
+            assert_eq!(quoted(text), word);
+        }
     }
 
     #[test]

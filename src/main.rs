@@ -18,7 +18,13 @@ use tracing_subscriber::registry::LookupSpan;
 #[global_allocator]
 static ALLOCATOR: Allocator = Allocator;
 
+/// Files that may be open at once: more than the shards of any model, of the source and of the output.
+const OPEN_FILES: u64 = 1 << 20;
+
 fn main() -> ExitCode {
+    // Shells and batch systems begin with a low limit that every process may raise by itself. Where even the highest
+    // is too low, opening a file says so.
+    let _ = rlimit::increase_nofile_limit(OPEN_FILES);
     let (cli, typed) = match cli::Cli::read() {
         Ok(read) => read,
         Err(error) => return refused(&error),
@@ -62,7 +68,9 @@ fn log(cli: &cli::Cli, cluster: &Cluster) {
     // Who wants to know everything also wants to know what takes so long.
     let clock = (level >= tracing::Level::DEBUG).then(uptime);
     let line = Line { place: cluster.place(""), clock };
-    tracing_subscriber::fmt().with_max_level(level).with_writer(std::io::stderr).event_format(line).init();
+    // Where standard error is gone, what is logged is lost, and the run goes on.
+    let log = tracing_subscriber::fmt().log_internal_errors(false);
+    log.with_max_level(level).with_writer(std::io::stderr).event_format(line).init();
 }
 
 /// A line of the log: the level, the rank and host where there are several, the text. All threads of a process are of

@@ -1,6 +1,7 @@
 //! Stored elements as f32 and back.
 
 use half::{bf16, f16};
+use rayon::prelude::*;
 use safetensors::Dtype;
 
 use super::SourceTensor;
@@ -25,6 +26,27 @@ pub fn widen(tensor: &SourceTensor) -> Result<Vec<f32>> {
     })
 }
 
+/// The index of the first element that is NaN or infinite: where all bits of the exponent are set. At the rate of memory,
+/// on several threads.
+pub fn first_not_finite(dtype: Dtype, bytes: &[u8]) -> Option<usize> {
+    /// Bytes that one thread looks at.
+    const PART: usize = 1 << 20;
+    fn find<const N: usize>(bytes: &[u8], exponent: [u8; N]) -> Option<usize> {
+        // Without a branch for each element, so that the compiler makes vectors of it.
+        let is_odd = |x: &[u8]| x.iter().zip(&exponent).all(|(x, mask)| x & mask == *mask);
+        let any = |part: &[u8]| part.chunks_exact(N).fold(false, |odd, x| odd | is_odd(x));
+        let part = bytes.par_chunks(PART).position_first(any)?;
+        let within = bytes[part * PART..].chunks_exact(N).position(is_odd)?;
+        Some(part * PART / N + within)
+    }
+    match dtype {
+        Dtype::BF16 => find(bytes, [0x80, 0x7F]),
+        Dtype::F16 => find(bytes, [0x00, 0x7C]),
+        Dtype::F32 => find(bytes, [0x00, 0x00, 0x80, 0x7F]),
+        _ => None,
+    }
+}
+
 /// What storing `x` as BF16 or F16 makes of it, to nearest, ties to even; every other dtype keeps f32.
 pub fn stored(dtype: Dtype, x: f32) -> f32 {
     match dtype {
@@ -46,6 +68,21 @@ pub fn narrow(dtype: Dtype, values: &[f32]) -> Vec<u8> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn the_first_value_that_is_not_finite_is_found_wherever_it_is() {
+        for dtype in [Dtype::BF16, Dtype::F16, Dtype::F32] {
+            // The largest finite values, zeros of both signs, a subnormal; in more than one part.
+            let largest = if dtype == Dtype::F16 { 65504.0 } else { 3e38 };
+            let mut values: Vec<f32> = [largest, -largest, 0.0, -0.0, 1e-7, 1.0].repeat(200_000);
+            assert_eq!(first_not_finite(dtype, &narrow(dtype, &values)), None, "{dtype:?}");
+            for (at, odd) in [(1_100_000, f32::NAN), (600_001, f32::NEG_INFINITY), (0, f32::INFINITY)] {
+                values[at] = odd;
+                assert_eq!(first_not_finite(dtype, &narrow(dtype, &values)), Some(at), "{dtype:?}");
+            }
+        }
+        assert_eq!(first_not_finite(Dtype::BF16, &[]), None);
+    }
 
     #[test]
     fn values_survive_the_way_there_and_back() {

@@ -8,10 +8,10 @@ use std::path::Path;
 
 use safetensors::Dtype;
 use safetensors::tensor::TensorInfo;
-use serde::de::{Deserialize, Deserializer, MapAccess, Visitor};
-use serde_json::Value;
+use serde::de::{Deserialize, Deserializer, Error as _, MapAccess, Visitor};
 
-use crate::error::{Error, Result};
+use super::directory::{is_pointer, pointer};
+use crate::error::{Error, LONGEST_NAME, Result, printable};
 
 /// One tensor as a header describes it.
 #[derive(Clone, Debug, PartialEq)]
@@ -54,6 +54,10 @@ pub fn read_header(file: &File, path: &Path) -> Result<Header> {
             .fix("download the file again: it is damaged or was not copied completely")
     };
     let file_bytes = file.metadata().map_err(|e| broken(format!("can't read: {e}")))?.len();
+    let mut start = [0; 64];
+    if file.read_at(&mut start, 0).is_ok() && is_pointer(&start) {
+        return Err(pointer(path));
+    }
     let mut size = [0; 8];
     file.read_exact_at(&mut size, 0)
         .map_err(|_| broken(format!("the file has {file_bytes} bytes, too few for a header")))?;
@@ -63,22 +67,11 @@ pub fn read_header(file: &File, path: &Path) -> Result<Header> {
     }
     let mut buffer = vec![0; size as usize + 8];
     file.read_exact_at(&mut buffer, 0).map_err(|e| broken(format!("can't read the header: {e}")))?;
-    let Entries(entries) =
+    let Entries { tensors: entries, metadata } =
         serde_json::from_slice(&buffer[8..]).map_err(|e| broken(format!("the header is not valid: {e}")))?;
-    let mut metadata = HashMap::new();
+    drop(buffer);
     let mut tensors = Vec::with_capacity(entries.len());
-    let mut seen = HashSet::new();
-    for (name, value) in entries {
-        if name == "__metadata__" {
-            metadata = serde_json::from_value(value)
-                .map_err(|e| broken(format!("the header's __metadata__ is not valid: {e}")))?;
-            continue;
-        }
-        let info: TensorInfo = serde_json::from_value(value)
-            .map_err(|e| broken(format!("the header's entry is not valid: {e}")).tensor(&name))?;
-        if !seen.insert(name.clone()) {
-            return Err(broken("the header lists the tensor twice".into()).tensor(name));
-        }
+    for (name, info) in entries {
         // Offsets beyond the file are reported below; here they must only not wrap around.
         tensors.push(HeaderTensor {
             name,
@@ -87,6 +80,10 @@ pub fn read_header(file: &File, path: &Path) -> Result<Header> {
             offset: (size + 8).saturating_add(info.data_offsets.0 as u64),
             bytes: info.data_offsets.1.saturating_sub(info.data_offsets.0) as u64,
         });
+    }
+    let mut seen = HashSet::new();
+    if let Some(twice) = tensors.iter().find(|tensor| !seen.insert(&tensor.name)) {
+        return Err(broken("the header lists the tensor twice".into()).tensor(&twice.name));
     }
     tensors.sort_by_key(|tensor| (tensor.offset, tensor.bytes));
     let mut end = size + 8;
@@ -118,8 +115,12 @@ pub fn read_header(file: &File, path: &Path) -> Result<Header> {
 }
 
 /// The header's entries as they stand: a map would hide a name that is there twice, and the library's own
-/// reader does not say which tensor it refuses.
-struct Entries(Vec<(String, Value)>);
+/// reader does not say which tensor it refuses. Read as what they must be, so that a strange header is refused before
+/// it has taken much memory.
+struct Entries {
+    tensors: Vec<(String, TensorInfo)>,
+    metadata: HashMap<String, String>,
+}
 
 impl<'de> Deserialize<'de> for Entries {
     fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
@@ -133,11 +134,18 @@ impl<'de> Deserialize<'de> for Entries {
             }
 
             fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<Entries, A::Error> {
-                let mut entries = Vec::new();
-                while let Some(entry) = map.next_entry()? {
-                    entries.push(entry);
+                let mut entries = Entries { tensors: vec![], metadata: HashMap::new() };
+                while let Some(name) = map.next_key::<String>()? {
+                    if name == "__metadata__" {
+                        entries.metadata = map.next_value()?;
+                        continue;
+                    }
+                    let name_it =
+                        |e| A::Error::custom(format!("tensor {}: {e}", printable(&name, LONGEST_NAME)));
+                    let info = map.next_value().map_err(name_it)?;
+                    entries.tensors.push((name, info));
                 }
-                Ok(Entries(entries))
+                Ok(entries)
             }
         }
 

@@ -3,22 +3,26 @@
 
 mod convert;
 mod declared;
+mod directory;
 mod guard;
 mod header;
 mod layout;
 mod output;
 mod placement;
 mod sample;
+mod shards;
 mod sidefiles;
 mod source;
 mod writer;
 
-pub use convert::{narrow, stored, widen};
+pub use convert::{first_not_finite, narrow, stored, widen};
 pub use declared::{Declared, LinearScheme, declared_layout, strings};
+pub use directory::snapshot;
 pub use header::{Header, HeaderTensor, read_header};
 pub use layout::{Layout, LinearNames, Scheme, quantization_files};
 pub use output::{Existing, OutputDir};
 pub use placement::{OutTensor, Placement, Shard, Slot};
+pub use shards::some;
 pub use sidefiles::{copy_side_files, is_side_file};
-pub use source::{Checkpoint, Entry, SourceTensor, snapshot};
+pub use source::{Checkpoint, Entry, SourceTensor};
 pub use writer::OutputFiles;

@@ -7,12 +7,16 @@ use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, OnceLock};
 
 use memmap2::{Advice, MmapOptions};
+use rayon::prelude::*;
 use safetensors::Dtype;
 use serde_json::{Map, Value};
 
+use super::directory::{self, LARGEST_CONFIG};
 use super::guard;
 use super::header::read_header;
-use crate::error::{Error, Result};
+use super::shards::{self, INDEX, Shards, some};
+use super::sidefiles::{left_behind, side_files};
+use crate::error::{Error, Result, quoted};
 
 /// Where one tensor lies.
 #[derive(Clone, Debug, PartialEq)]
@@ -40,6 +44,10 @@ pub struct Checkpoint {
     pub files: Vec<PathBuf>,
     /// Every tensor by name.
     pub tensors: BTreeMap<String, Entry>,
+    /// What is used and what is ignored, where that is not plain.
+    pub notes: Vec<String>,
+    /// The index's file for each tensor that no file holds.
+    lost: BTreeMap<String, String>,
     pub(super) handles: Vec<Arc<File>>,
     pub(super) lengths: Vec<u64>,
     mapped: Mutex<BTreeSet<String>>,
@@ -109,51 +117,46 @@ impl SourceTensor {
 }
 
 impl Checkpoint {
-    /// Opens a directory: config.json and the headers of `model.safetensors` or of the shards that
-    /// `model.safetensors.index.json` names. A Hugging Face cache folder stands for its only snapshot.
+    /// Opens a directory: config.json and the headers of `model.safetensors`, of the shards that
+    /// `model.safetensors.index.json` names, or of shards whose names count them. A Hugging Face cache folder stands
+    /// for the snapshot that its `refs/main` names, or for its only one.
     ///
     /// # Errors
-    /// Exit code 3, naming the file: anything missing, malformed, truncated or contradictory.
+    /// Exit code 3, naming the file: anything missing, malformed, truncated, contradictory or out of the directory.
     pub fn open(dir: &Path) -> Result<Checkpoint> {
-        let dir = snapshot(dir)?;
-        let config = read_object(&dir.join("config.json"), "use a complete Hugging Face directory")?;
-        let index_path = dir.join("model.safetensors.index.json");
-        let single = dir.join("model.safetensors");
-        let weight_map = match index_path.exists() {
-            true => Some(read_weight_map(&index_path)?),
-            false => None,
-        };
-        let names: Vec<String> = match &weight_map {
-            Some(map) => map.values().cloned().collect::<BTreeSet<_>>().into_iter().collect(),
-            None if single.exists() => vec!["model.safetensors".into()],
-            None => {
-                return Err(Error::input("there is neither model.safetensors nor an index of shards")
-                    .file(&dir)
-                    .fix("use a directory with safetensors weights; convert .bin files first"));
-            }
-        };
+        let (dir, snapshot) = directory::snapshot(dir)?;
+        let config = read_config(&dir)?;
+        let Shards { files, listed, notes } = shards::find(&dir)?;
+        // Looked at now, because others read them by themselves: tokenizers, chat templates.
+        side_files(&dir)?;
         let mut checkpoint = Checkpoint {
-            dir: dir.clone(),
             config,
-            files: names.iter().map(|name| dir.join(name)).collect(),
-            tensors: BTreeMap::new(),
-            handles: Vec::new(),
-            lengths: Vec::new(),
-            mapped: Mutex::default(),
-            trouble: Arc::default(),
+            files: files.iter().map(|name| dir.join(name)).collect(),
+            notes: snapshot.into_iter().chain(notes).collect(),
+            ..Checkpoint::empty(&dir)
         };
-        for (file, path) in checkpoint.files.clone().iter().enumerate() {
-            if !path.exists() && weight_map.is_some() {
-                return Err(Error::input(format!("the index names {}, which is missing", names[file]))
-                    .file(&index_path)
-                    .fix("download the missing shard"));
-            }
-            checkpoint.add_file(file, path)?;
+        for (file, name) in files.iter().enumerate() {
+            checkpoint.add_file(file, name)?;
         }
-        if let Some(map) = weight_map {
-            checkpoint.check_index(&index_path, &map, &names)?;
+        if let Some(listed) = listed {
+            checkpoint.compare(listed);
         }
         Ok(checkpoint)
+    }
+
+    fn empty(dir: &Path) -> Checkpoint {
+        Checkpoint {
+            dir: dir.to_path_buf(),
+            config: Map::new(),
+            files: vec![],
+            tensors: BTreeMap::new(),
+            notes: vec![],
+            lost: BTreeMap::new(),
+            handles: vec![],
+            lengths: vec![],
+            mapped: Mutex::default(),
+            trouble: Arc::default(),
+        }
     }
 
     /// A checkpoint that has no weights yet: the tensors that its config.json stands for, in the dtype that it
@@ -174,14 +177,10 @@ impl Checkpoint {
             Entry { file: 0, dtype, shape, offset: 0, bytes }
         };
         Checkpoint {
-            dir: dir.to_path_buf(),
             config,
             files: vec![dir.join("model.safetensors")],
             tensors: shapes.into_iter().map(|(name, shape)| (name, entry(shape))).collect(),
-            handles: vec![],
-            lengths: vec![],
-            mapped: Mutex::default(),
-            trouble: Arc::default(),
+            ..Checkpoint::empty(dir)
         }
     }
 
@@ -190,18 +189,14 @@ impl Checkpoint {
     /// # Errors
     /// Exit code 3 where there is no directory or no config.json.
     pub fn config(dir: &Path) -> Result<(Map<String, Value>, bool)> {
-        let dir = snapshot(dir)?;
-        let weights = ["model.safetensors", "model.safetensors.index.json"];
-        let config = read_object(&dir.join("config.json"), "use a complete Hugging Face directory")?;
-        Ok((config, weights.iter().any(|name| dir.join(name).exists())))
+        let (dir, _) = directory::snapshot(dir)?;
+        side_files(&dir)?;
+        Ok((read_config(&dir)?, shards::any(&dir)))
     }
 
-    fn add_file(&mut self, file: usize, path: &Path) -> Result<()> {
-        let handle = File::open(path).map_err(|e| {
-            Error::input(format!("can't open: {e}"))
-                .file(path)
-                .fix("check that the file exists and is readable")
-        })?;
+    fn add_file(&mut self, file: usize, name: &str) -> Result<()> {
+        let path = &self.files[file];
+        let (handle, _) = directory::open(&self.dir, name)?;
         let header = read_header(&handle, path)?;
         let bytes = header.file_bytes;
         self.lengths.push(bytes);
@@ -229,24 +224,28 @@ impl Checkpoint {
         Ok(())
     }
 
-    fn check_index(&self, index: &Path, map: &BTreeMap<String, String>, names: &[String]) -> Result<()> {
-        for (tensor, file) in map {
-            let there = self.tensors.get(tensor).is_some_and(|entry| names[entry.file] == *file);
-            if !there {
-                return Err(Error::input(format!(
-                    "the index says the tensor is in {file}, which does not hold it"
-                ))
-                .file(index)
-                .tensor(tensor)
-                .fix("use the index that belongs to these shards"));
+    /// Compares the index with the files. Loaders take every tensor of the files, whatever the index says of it, and
+    /// what it lists in vain is missed only where the model needs it.
+    fn compare(&mut self, listed: BTreeMap<String, String>) {
+        let unlisted: Vec<String> =
+            self.tensors.keys().filter(|name| !listed.contains_key(*name)).cloned().collect();
+        let mut elsewhere = vec![];
+        for (name, file) in listed {
+            match self.tensors.get(&name) {
+                None => _ = self.lost.insert(name, file),
+                Some(entry) if !self.files[entry.file].ends_with(&file) => elsewhere.push(name),
+                Some(_) => {}
             }
         }
-        match self.tensors.keys().find(|name| !map.contains_key(*name)) {
-            None => Ok(()),
-            Some(tensor) => Err(Error::input("the index does not list the tensor")
-                .file(index)
-                .tensor(tensor)
-                .fix("use the index that belongs to these shards")),
+        let lost: Vec<String> = self.lost.keys().cloned().collect();
+        for (names, what) in [
+            (unlisted, "tensors that the shards hold and the index does not list are used as they are"),
+            (elsewhere, "tensors that are in another shard than the index says are used as they are"),
+            (lost, "the index lists tensors that no shard holds"),
+        ] {
+            if !names.is_empty() {
+                self.notes.push(format!("{INDEX} is out of step: {what}: {}", some(&names)));
+            }
         }
     }
 
@@ -255,12 +254,23 @@ impl Checkpoint {
     /// # Errors
     /// Exit code 3 where the checkpoint has no such tensor.
     pub fn entry(&self, name: &str) -> Result<&Entry> {
-        self.tensors.get(name).ok_or_else(|| {
-            Error::input("the tensor is missing")
+        self.tensors.get(name).ok_or_else(|| match self.lost.get(name) {
+            Some(file) => Error::input(format!(
+                "the index says the tensor is in {file}, which does not hold it: it is missing"
+            ))
+            .file(self.dir.join(INDEX))
+            .tensor(name)
+            .fix("download the index and the shards again: they don't belong together"),
+            None => Error::input("the tensor is missing")
                 .file(&self.dir)
                 .tensor(name)
-                .fix("check that config.json and the weights belong together and that no shard is missing")
+                .fix("check that config.json and the weights belong together and that no shard is missing"),
         })
+    }
+
+    /// Whether the index lists a tensor that no file holds.
+    pub fn is_listed_in_vain(&self, name: &str) -> bool {
+        self.lost.contains_key(name)
     }
 
     /// Maps one tensor's bytes, and nothing else of its file.
@@ -304,6 +314,23 @@ impl Checkpoint {
         })
     }
 
+    /// Whether two tensors are equal in dtype, shape and every byte.
+    ///
+    /// # Errors
+    /// As [`Checkpoint::tensor`].
+    pub fn same_bytes(&self, one: &str, other: &str) -> Result<bool> {
+        let (one, other) = (self.tensor(one)?, self.tensor(other)?);
+        let alike = one.dtype == other.dtype && one.shape == other.shape;
+        Ok(alike
+            && one.bytes().par_chunks(1 << 20).zip(other.bytes().par_chunks(1 << 20)).all(|(a, b)| a == b))
+    }
+
+    /// What is beside the weights and is not carried over.
+    pub fn left_behind(&self) -> Vec<String> {
+        let used: Vec<&str> = self.files.iter().filter_map(|file| file.file_name()?.to_str()).collect();
+        left_behind(&self.dir, &used)
+    }
+
     /// The first error of any reader of its tensors, for those who only want to know whether all went well.
     pub fn trouble(&self) -> Option<&Error> {
         self.trouble.get()
@@ -326,6 +353,53 @@ impl Checkpoint {
             || self.dir.join("hf_quant_config.json").exists()
     }
 
+    /// Checks that these are weights to quantize: in full precision, and not described as anything else.
+    ///
+    /// # Errors
+    /// Exit code 3: the weights are quantized, or a merge left the description of quantized ones beside them.
+    pub fn full_precision(&self) -> Result<()> {
+        const SEPARATE: &str = "hf_quant_config.json";
+        let described = |field: &&str| self.config.get(*field).is_some_and(|value| !value.is_null());
+        let field = ["quantization_config", "compression_config"].into_iter().find(described);
+        if field.is_none() && !self.dir.join(SEPARATE).exists() {
+            return Ok(());
+        }
+        let method = field.map(|field| {
+            let method = self.config[field].get("quant_method").and_then(Value::as_str);
+            method.map_or(format!(" with the field {field}"), |method| {
+                format!(" with the field {field}, method {method:?}")
+            })
+        });
+        let file = self.dir.join(if field.is_some() { "config.json" } else { SEPARATE });
+        let method = method.unwrap_or_default();
+        let ends = ["scale", "scales", "zero_point", "qzeros", "g_idx", "absmax"];
+        let quantized = |(name, entry): &(&String, &Entry)| {
+            !matches!(entry.dtype, Dtype::BF16 | Dtype::F16 | Dtype::F32)
+                || ends.iter().any(|end| name.ends_with(end))
+        };
+        if let Some((name, entry)) = self.tensors.iter().find(quantized) {
+            return Err(Error::input(format!(
+                "the source is already quantized: so says {}{method}, and this tensor is {:?}",
+                if field.is_some() { "config.json" } else { SEPARATE },
+                entry.dtype
+            ))
+            .file(&self.files[entry.file])
+            .tensor(name)
+            .fix("start from the original BF16, F16 or F32 checkpoint"));
+        }
+        let what = "the weights are described as quantized, but all of them are BF16, F16 or F32: a merge or a copy left \
+                    the description behind";
+        let path = quoted(&file.display().to_string());
+        Err(match field {
+            Some(field) => Error::input(format!("{what}{method}")).fix(format!(
+                "remove {field} from config.json: python3 -c 'import json, sys; p = sys.argv[1]; c = json.load(open(p)); \
+                 del c[\"{field}\"]; json.dump(c, open(p, \"w\"), indent=2)' {path}"
+            )),
+            None => Error::input(what).fix(format!("remove the file: rm {path}")),
+        }
+        .file(&file))
+    }
+
     /// blake3 over config.json and every tensor's name, dtype and shape. Paths and shards don't count, so
     /// copies on other hosts compare equal.
     pub fn digest(&self) -> String {
@@ -338,51 +412,23 @@ impl Checkpoint {
     }
 }
 
-/// The directory itself, or the only snapshot of a Hugging Face cache folder.
-///
-/// # Errors
-/// Exit code 3 where there is no such directory, or several snapshots.
-pub fn snapshot(dir: &Path) -> Result<PathBuf> {
-    if !dir.is_dir() {
-        return Err(Error::input("there is no such directory")
-            .file(dir)
-            .fix("give the path of a downloaded checkpoint; distq does not download"));
+fn read_config(dir: &Path) -> Result<Map<String, Value>> {
+    const NAME: &str = "config.json";
+    let (path, fix) =
+        (dir.join(NAME), "use a complete Hugging Face directory: hf download ORG/NAME --local-dir DIR");
+    if !path.exists() {
+        let what = match ["adapter_config.json", "params.json"].map(|name| dir.join(name).exists()) {
+            [true, _] => {
+                "there is no config.json: this is an adapter (LoRA), which must be merged into its model first"
+            }
+            [_, true] => "there is no config.json: this is a model in Mistral's or Meta's own format",
+            _ => "there is no config.json",
+        };
+        return Err(Error::input(what).file(&path).fix(fix));
     }
-    let snapshots = dir.join("snapshots");
-    if dir.join("config.json").exists() || !snapshots.is_dir() {
-        return Ok(dir.to_path_buf());
-    }
-    let mut found: Vec<PathBuf> =
-        std::fs::read_dir(&snapshots).into_iter().flatten().flatten().map(|e| e.path()).collect();
-    found.sort();
-    match found.as_slice() {
-        [only] => Ok(only.clone()),
-        _ => Err(Error::input(format!("the cache folder has {} snapshots", found.len()))
-            .file(&snapshots)
-            .fix("name the snapshot's own directory")),
-    }
-}
-
-/// Reads a JSON object.
-fn read_object(path: &Path, fix: &str) -> Result<Map<String, Value>> {
-    let text =
-        std::fs::read(path).map_err(|e| Error::input(format!("can't read: {e}")).file(path).fix(fix))?;
-    match serde_json::from_slice(&text) {
+    match serde_json::from_slice(&directory::read(dir, NAME, LARGEST_CONFIG)?) {
         Ok(Value::Object(map)) => Ok(map),
-        Ok(_) => Err(Error::input("this is not a JSON object").file(path).fix(fix)),
-        Err(e) => Err(Error::input(format!("this is not valid JSON: {e}")).file(path).fix(fix)),
+        Ok(_) => Err(Error::input("this is not a JSON object").file(&path).fix(fix)),
+        Err(e) => Err(Error::input(format!("this is not valid JSON: {e}")).file(&path).fix(fix)),
     }
-}
-
-fn read_weight_map(path: &Path) -> Result<BTreeMap<String, String>> {
-    let fix = "download the index again";
-    let index = read_object(path, fix)?;
-    let map = index.get("weight_map").and_then(Value::as_object);
-    let map = map.ok_or_else(|| Error::input("there is no weight_map").file(path).fix(fix))?;
-    map.iter()
-        .map(|(tensor, file)| match file.as_str() {
-            Some(file) if !file.contains('/') => Ok((tensor.clone(), file.to_string())),
-            _ => Err(Error::input(format!("{file} is not a file name")).file(path).tensor(tensor).fix(fix)),
-        })
-        .collect()
 }

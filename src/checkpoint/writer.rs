@@ -11,7 +11,7 @@ use crossbeam_channel::{Sender, unbounded};
 use rayon::prelude::*;
 
 use super::placement::{Placement, Slot};
-use crate::error::{Error, Result};
+use crate::error::{Error, Result, remedy};
 use crate::threads;
 use crate::units::binary;
 
@@ -126,7 +126,11 @@ fn start_writing_back(file: &File, slot: Slot) {
 fn enough_space(dir: &Path, placement: &Placement, files: &[(PathBuf, Arc<File>)]) -> Result<()> {
     let reserved: u64 = files.iter().filter_map(|(_, file)| Some(file.metadata().ok()?.blocks() * 512)).sum();
     let needed = placement.total_bytes().saturating_sub(reserved);
-    match free_space(&files[0].1) {
+    shortage(dir, needed, free_space(&files[0].1))
+}
+
+fn shortage(dir: &Path, needed: u64, free: Option<u64>) -> Result<()> {
+    match free {
         Some(free) if free < needed => Err(Error::run(format!(
             "not enough space: the output needs {} more, the disk has {}",
             binary(needed),
@@ -165,7 +169,7 @@ fn reserve(file: &File, bytes: u64) -> io::Result<()> {
 
 /// An output error with the remedy that fits it.
 pub(super) fn failed(what: &str, path: &Path, error: io::Error) -> Error {
-    let fix = match error.kind() {
+    let fix = remedy(&error).unwrap_or(match error.kind() {
         io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded => {
             "free some space, then use --resume if the run had begun; or choose another disk"
         }
@@ -173,7 +177,7 @@ pub(super) fn failed(what: &str, path: &Path, error: io::Error) -> Error {
             "choose a directory that you may write to"
         }
         _ => "check the disk, then use --resume",
-    };
+    });
     Error::run(format!("{what}: {error}")).file(path).fix(fix)
 }
 
@@ -217,13 +221,13 @@ mod tests {
     }
 
     #[test]
-    fn a_full_disk_is_found_at_once() {
-        let dir = tempfile::tempdir().unwrap();
-        // More than any disk holds, in a file whose length the file system still accepts.
-        let tensors = [OutTensor::new("huge", Dtype::U8, &[1 << 43])];
-        let huge = Placement::new(&tensors, u64::MAX, &Map::new());
-        let error = OutputFiles::create(dir.path(), &huge).unwrap_err();
+    fn a_full_disk_is_found_before_anything_is_reserved() {
+        let dir = Path::new("/out");
+        let error = shortage(dir, 1 << 43, Some((1 << 43) - 1)).unwrap_err();
         assert_eq!(error.exit, crate::error::ExitCode::Run);
         assert!(error.to_string().contains("not enough space: the output needs 8.00 TiB"), "{error}");
+        assert!(error.to_string().contains("/out"), "{error}");
+        assert!(shortage(dir, 1 << 43, Some(1 << 43)).is_ok());
+        assert!(shortage(dir, 1 << 43, None).is_ok(), "the reservation itself finds it then");
     }
 }

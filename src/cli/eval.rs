@@ -50,8 +50,5 @@ pub fn run(args: &Args, cluster: &Cluster) -> Result<()> {
             device: args.device,
         },
     )?;
-    if cluster.is_root() {
-        super::show(&evaluation, args.json);
-    }
-    Ok(())
+    if cluster.is_root() { super::show(&evaluation, args.json) } else { Ok(()) }
 }

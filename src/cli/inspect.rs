@@ -18,8 +18,5 @@ pub struct Args {
 
 /// Runs it: rank 0 looks.
 pub fn run(args: &Args, cluster: &Cluster) -> Result<()> {
-    cluster.from_root(|| {
-        super::show(&inspect(&args.dir)?, args.json);
-        Ok(())
-    })
+    cluster.from_root(|| super::show(&inspect(&args.dir)?, args.json))
 }

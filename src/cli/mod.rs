@@ -120,10 +120,6 @@ fn seconds(text: &str) -> Result<u64, String> {
 }
 
 /// Prints a value on rank 0: as JSON where asked for, as a table otherwise.
-fn show<T: serde::Serialize + std::fmt::Display>(value: &T, json: bool) {
-    if json {
-        distq::report::print(&serde_json::to_string_pretty(value).expect("reports are plain data"));
-    } else {
-        distq::report::print(value);
-    }
+fn show<T: serde::Serialize + std::fmt::Display>(value: &T, json: bool) -> Result<()> {
+    if json { distq::report::print_json(value) } else { distq::report::print(value) }
 }

@@ -44,8 +44,5 @@ pub fn run(args: &Args, cluster: &Cluster) -> Result<()> {
     } else {
         cluster.from_root(|| foresee(&options, &args.nodes, &args.link, lengths))?
     };
-    if cluster.is_root() {
-        super::show(&plan, args.json);
-    }
-    Ok(())
+    if cluster.is_root() { super::show(&plan, args.json) } else { Ok(()) }
 }

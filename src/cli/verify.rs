@@ -23,7 +23,7 @@ pub struct Args {
 pub fn run(args: &Args, cluster: &Cluster) -> Result<()> {
     cluster.from_root(|| {
         let report = verify(&args.out, args.source.as_deref())?;
-        super::show(&report, args.json);
+        super::show(&report, args.json)?;
         if report.passed() {
             return Ok(());
         }

@@ -4,7 +4,7 @@ use serde_json::{Map, Value};
 
 use super::families::{Family, supported};
 use super::rope::Rope;
-use crate::error::{Error, Result};
+use crate::error::{Error, LONGEST_NAME, Result, printable};
 
 /// The sizes and switches of a decoder-only model.
 #[derive(Clone, Debug, PartialEq)]
@@ -72,7 +72,7 @@ impl ModelConfig {
             heads,
             kv_heads: fields
                 .optional_count("num_key_value_heads")?
-                .unwrap_or(family.default_kv_heads().unwrap_or(heads)),
+                .unwrap_or(family.default_kv_heads(&fields).unwrap_or(heads)),
             head_dim,
             vocab: fields.count("vocab_size")?,
             norm_eps: fields.number("rms_norm_eps")?.unwrap_or(1e-6) as f32,
@@ -82,6 +82,7 @@ impl ModelConfig {
             mlp_bias: family.has_bias_fields() && fields.flag("mlp_bias")?,
             sliding_window: family.sliding_window(&fields)?,
         };
+        parsed.check_size()?;
         if !parsed.heads.is_multiple_of(parsed.kv_heads) {
             return Err(fields.wrong(
                 "num_attention_heads",
@@ -102,19 +103,80 @@ impl ModelConfig {
     }
 }
 
+/// Decoder layers that a model may have: eight times as many as the deepest has, and few enough to plan for.
+const MOST_LAYERS: usize = 1024;
+/// Parameters that it may have: a hundred times as many as the largest has. Sums over them fit in 64 bits.
+const MOST_PARAMETERS: u128 = 100_000_000_000_000;
+
+impl ModelConfig {
+    /// Everything that is made from these sizes can be counted, in numbers and in memory.
+    fn check_size(&self) -> Result<()> {
+        if self.layers > MOST_LAYERS {
+            let what = format!(
+                "config.json: num_hidden_layers is {}, more than the {MOST_LAYERS} that distq reads",
+                self.layers
+            );
+            return Err(Error::input(what).fix("correct config.json"));
+        }
+        let n = |size: usize| size as u128;
+        let product = |factors: &[usize]| {
+            factors
+                .iter()
+                .try_fold(1u128, |product, &factor| product.checked_mul(n(factor)))
+                .unwrap_or(u128::MAX)
+        };
+        let parts = [
+            product(&[self.vocab, self.hidden, 2]),
+            product(&[self.layers, self.heads, self.head_dim, self.hidden, 2]),
+            product(&[self.layers, self.kv_heads, self.head_dim, self.hidden, 2]),
+            product(&[self.layers, self.intermediate, self.hidden, 3]),
+        ];
+        let parameters = parts.into_iter().fold(0, u128::saturating_add);
+        if parameters > MOST_PARAMETERS {
+            let sizes = format!(
+                "vocab_size {}, hidden_size {}, intermediate_size {}, num_hidden_layers {}, num_attention_heads {}, \
+                 num_key_value_heads {}, head_dim {}",
+                self.vocab,
+                self.hidden,
+                self.intermediate,
+                self.layers,
+                self.heads,
+                self.kv_heads,
+                self.head_dim
+            );
+            let what = format!(
+                "config.json describes a model of more than {} trillion parameters: {sizes}",
+                MOST_PARAMETERS / 1_000_000_000_000
+            );
+            return Err(Error::input(what).fix("correct the size that is too large"));
+        }
+        Ok(())
+    }
+}
+
 fn family(fields: &Fields<'_>) -> Result<Family> {
-    let names: Vec<&str> = match fields.0.get("architectures") {
-        Some(Value::Array(names)) => names.iter().filter_map(Value::as_str).collect(),
-        _ => Vec::new(),
-    };
+    let names = architectures(fields.0);
     if let Some(family) = names.iter().find_map(|name| Family::from_name(name)) {
         return Ok(family);
     }
     let what = match names.as_slice() {
         [] => "config.json names no architecture".to_string(),
-        names => format!("the architecture {} is not supported", names.join(", ")),
+        names => format!("the architecture {} is not supported", shown(&names.join(", "))),
     };
     Err(Error::input(what).fix(format!("use a checkpoint of one of: {}", supported().join(", "))))
+}
+
+/// The architectures that config.json names.
+pub fn architectures(config: &Map<String, Value>) -> Vec<&str> {
+    match config.get("architectures") {
+        Some(Value::Array(names)) => names.iter().filter_map(Value::as_str).collect(),
+        _ => Vec::new(),
+    }
+}
+
+/// What a message shows of a value.
+fn shown(value: &impl std::fmt::Display) -> String {
+    printable(&value.to_string(), LONGEST_NAME)
 }
 
 /// Typed access to config.json with errors that name the field.
@@ -139,7 +201,7 @@ impl<'a> Fields<'a> {
             None => Ok(None),
             Some(value) => match value.as_u64() {
                 Some(n) if n > 0 => Ok(Some(n as usize)),
-                _ => Err(self.wrong(name, format!("is {value}, not a positive whole number"))),
+                _ => Err(self.wrong(name, format!("is {}, not a positive whole number", shown(value)))),
             },
         }
     }
@@ -149,7 +211,7 @@ impl<'a> Fields<'a> {
             None => Ok(None),
             Some(value) => match value.as_f64() {
                 Some(x) if x.is_finite() && x > 0.0 => Ok(Some(x)),
-                _ => Err(self.wrong(name, format!("is {value}, not a positive number"))),
+                _ => Err(self.wrong(name, format!("is {}, not a positive number", shown(value)))),
             },
         }
     }
@@ -157,18 +219,19 @@ impl<'a> Fields<'a> {
     pub fn flag(&self, name: &str) -> Result<bool> {
         match self.get(name) {
             None => Ok(false),
-            Some(value) => {
-                value.as_bool().ok_or_else(|| self.wrong(name, format!("is {value}, not true or false")))
-            }
+            Some(value) => value
+                .as_bool()
+                .ok_or_else(|| self.wrong(name, format!("is {}, not true or false", shown(value)))),
         }
     }
 
     pub fn text(&self, name: &str) -> Result<Option<&'a str>> {
         match self.get(name) {
             None => Ok(None),
-            Some(value) => {
-                value.as_str().map(Some).ok_or_else(|| self.wrong(name, format!("is {value}, not a string")))
-            }
+            Some(value) => value
+                .as_str()
+                .map(Some)
+                .ok_or_else(|| self.wrong(name, format!("is {}, not a string", shown(value)))),
         }
     }
 
@@ -176,7 +239,7 @@ impl<'a> Fields<'a> {
         match self.get(name) {
             None => Ok(None),
             Some(Value::Object(map)) => Ok(Some(Fields(map))),
-            Some(value) => Err(self.wrong(name, format!("is {value}, not an object"))),
+            Some(value) => Err(self.wrong(name, format!("is {}, not an object", shown(value)))),
         }
     }
 }

@@ -31,13 +31,12 @@ impl Family {
         FAMILIES.iter().find(|(_, family)| *family == self).map(|(name, _)| *name).unwrap_or_default()
     }
 
-    /// Key and value heads where config.json gives none; none means as many as query heads.
-    /// A null is treated as absent, although Mistral's own default then is the query heads: files in
-    /// the wild always give the number.
-    pub(super) fn default_kv_heads(self) -> Option<usize> {
+    /// Key and value heads where config.json gives no number; none means as many as query heads, which is what a null
+    /// stands for with Mistral too.
+    pub(super) fn default_kv_heads(self, fields: &Fields<'_>) -> Option<usize> {
         match self {
-            Family::Llama => None,
-            Family::Mistral => Some(8),
+            Family::Mistral if !fields.0.contains_key("num_key_value_heads") => Some(8),
+            _ => None,
         }
     }
 
@@ -48,7 +47,8 @@ impl Family {
         }
     }
 
-    pub(super) fn has_bias_fields(self) -> bool {
+    /// Whether config.json says which linears have biases.
+    pub fn has_bias_fields(self) -> bool {
         self == Family::Llama
     }
 

@@ -3,12 +3,14 @@
 
 mod config;
 mod families;
+mod fit;
 mod forward;
 mod rope;
 mod tensors;
 
-pub use config::ModelConfig;
+pub use config::{ModelConfig, architectures};
 pub use families::{Family, supported};
+pub use fit::is_dispensable;
 pub use forward::{Batch, Decoder, LayerWeights, Linear, Observe, Workspace};
 pub use rope::{Rope, RopeTable};
 pub use tensors::{Group, LinearSpec, Site, TensorSpec};

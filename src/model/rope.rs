@@ -50,12 +50,20 @@ impl RopeTable {
 }
 
 impl Rope {
-    /// Reads `rope_parameters`, or the older `rope_scaling` and `rope_theta`.
+    /// Reads `rope_parameters`, or the older `rope_scaling` and `rope_theta`. Where there are both, `rope_scaling` takes
+    /// the place of `rope_parameters` with all that is in it, as in Transformers 5.
     pub(super) fn parse(fields: &Fields<'_>, max_positions: usize, head_dim: usize) -> Result<Rope> {
-        let scaling = match fields.object("rope_parameters")? {
+        let filled = |name: &str| Ok(fields.object(name)?.filter(|object| !object.0.is_empty()));
+        let scaling = match filled("rope_scaling")? {
             Some(scaling) => Some(scaling),
-            None => fields.object("rope_scaling")?,
+            None => filled("rope_parameters")?,
         };
+        if let Some((kind, _)) = scaling.iter().flat_map(|s| s.0).find(|(_, value)| value.is_object()) {
+            return Err(Error::input(format!(
+                "config.json: rope_parameters differ by kind of layer ({kind}), which is not supported"
+            ))
+            .fix("use a Llama or Mistral checkpoint whose layers all have the same rotary embedding"));
+        }
         let theta = match &scaling {
             Some(s) => s.number("rope_theta")?.or(fields.number("rope_theta")?),
             None => fields.number("rope_theta")?,
@@ -250,6 +258,27 @@ mod tests {
         let old = rope(json!({"rope_theta": 5e5, "rope_scaling": {"type": "linear", "factor": 4.0}}));
         let new = rope(json!({"rope_parameters": {"rope_theta": 5e5, "rope_type": "linear", "factor": 4.0}}));
         assert_eq!(old, new);
+    }
+
+    #[test]
+    fn rope_scaling_takes_the_place_of_rope_parameters() {
+        let parameters = json!({"rope_type": "default", "rope_theta": 5e5});
+        let scaling = json!({"rope_type": "linear", "factor": 4.0});
+        // With all that is in them: theta, too, is then the default.
+        let both = rope(json!({"rope_parameters": parameters, "rope_scaling": scaling}));
+        assert_eq!(both, rope(json!({"rope_scaling": scaling})));
+        assert_ne!(both, rope(json!({"rope_theta": 5e5, "rope_scaling": scaling})));
+        for nothing in [json!(null), json!({})] {
+            let one = rope(json!({"rope_parameters": parameters, "rope_scaling": nothing}));
+            assert_eq!(one, rope(json!({"rope_theta": 5e5})));
+        }
+    }
+
+    #[test]
+    fn parameters_by_kind_of_layer_are_refused() {
+        let config = json!({"rope_parameters": {"full_attention": {"rope_type": "default"}}});
+        let error = Rope::parse(&Fields(config.as_object().unwrap()), 16, 8).unwrap_err().to_string();
+        assert!(error.contains("full_attention"), "{error}");
     }
 
     #[test]

@@ -12,7 +12,7 @@ use crate::calibration::Sampling;
 use crate::checkpoint::{Checkpoint, Layout, OutTensor, Scheme};
 use crate::error::{Error, Result};
 use crate::methods::Method;
-use crate::model::{Group, ModelConfig, TensorSpec};
+use crate::model::{Group, ModelConfig, TensorSpec, is_dispensable};
 use crate::nvfp4::BLOCK;
 use crate::planner::ModelCost;
 
@@ -65,21 +65,17 @@ impl Inventory {
         scheme: Scheme,
         ignore: &[String],
     ) -> Result<Inventory> {
-        if checkpoint.is_quantized() {
-            return Err(Error::input("the source is already quantized")
-                .file(&checkpoint.dir)
-                .fix("start from the original BF16, F16 or F32 checkpoint"));
-        }
+        checkpoint.full_precision()?;
+        // First of all: a tensor that is missing is found before so much as a name is made of those behind it.
+        let seen = check(checkpoint, model)?;
         let ignored = super::ignore::ignored_modules(model, ignore)?;
-        let mut builder = Builder { checkpoint, layout, scheme, ignored: &ignored, seen: BTreeSet::new() };
+        let builder = Builder { checkpoint, layout, scheme, ignored: &ignored };
         let head = builder.part(&[model.embedding()], &[])?;
         let layers = (0..model.layers)
             .map(|layer| builder.part(&model.layer_tensors(layer), &model.groups(layer)))
             .collect::<Result<Vec<_>>>()?;
         let tail = builder.part(&model.tail_tensors(), &[])?;
-        builder.nothing_left_over(model)?;
-        let all_bf16 = builder
-            .seen
+        let all_bf16 = seen
             .iter()
             .filter_map(|name| checkpoint.tensors.get(name))
             .all(|entry| entry.shape.len() < 2 || entry.dtype == Dtype::BF16);
@@ -151,11 +147,10 @@ struct Builder<'a> {
     layout: Layout,
     scheme: Scheme,
     ignored: &'a BTreeSet<String>,
-    seen: BTreeSet<String>,
 }
 
 impl Builder<'_> {
-    fn part(&mut self, tensors: &[TensorSpec], groups: &[Group]) -> Result<Part> {
+    fn part(&self, tensors: &[TensorSpec], groups: &[Group]) -> Result<Part> {
         let mut part = Part::default();
         let mut quantized_weights = BTreeSet::new();
         for group in groups {
@@ -176,7 +171,7 @@ impl Builder<'_> {
             part.quantized.push(group.clone());
         }
         for spec in tensors {
-            let entry = self.checked(spec)?;
+            let entry = self.checkpoint.entry(&spec.name)?;
             part.source_bytes += entry.bytes;
             if !quantized_weights.contains(&spec.name) {
                 part.outputs.push(OutTensor::new(&spec.name, entry.dtype, &entry.shape));
@@ -189,50 +184,20 @@ impl Builder<'_> {
         }
         Ok(part)
     }
+}
 
-    fn checked(&mut self, spec: &TensorSpec) -> Result<crate::checkpoint::Entry> {
-        let entry = self.checkpoint.entry(&spec.name)?;
-        let file = &self.checkpoint.files[entry.file];
-        if entry.shape != spec.shape {
-            return Err(Error::input(format!(
-                "the shape is {:?}, config.json says {:?}",
-                entry.shape, spec.shape
-            ))
-            .file(file)
-            .tensor(&spec.name)
-            .fix("use the config.json that belongs to these weights"));
-        }
-        if !matches!(entry.dtype, Dtype::BF16 | Dtype::F16 | Dtype::F32) {
-            return Err(Error::input(format!("the dtype is {:?}", entry.dtype))
-                .file(file)
-                .tensor(&spec.name)
-                .fix("use a checkpoint in BF16, F16 or F32"));
-        }
-        self.seen.insert(spec.name.clone());
-        Ok(entry.clone())
+/// Checks every tensor of the model, and that there is no other, which would be lost without a word. Returns their
+/// names.
+fn check(checkpoint: &Checkpoint, model: &ModelConfig) -> Result<BTreeSet<String>> {
+    let layers = (0..model.layers).flat_map(|layer| model.layer_tensors(layer));
+    let specs = std::iter::once(model.embedding()).chain(layers).chain(model.tail_tensors());
+    let mut seen = BTreeSet::new();
+    for spec in specs {
+        model.stored(checkpoint, &spec)?;
+        seen.insert(spec.name);
     }
-
-    /// Tensors that the model does not have would be lost without a word. Rotary frequencies, which old
-    /// exports stored although every loader computes them, are the exception.
-    fn nothing_left_over(&self, model: &ModelConfig) -> Result<()> {
-        let unknown = self
-            .checkpoint
-            .tensors
-            .iter()
-            .find(|(name, _)| !self.seen.contains(*name) && !name.ends_with("rotary_emb.inv_freq"));
-        match unknown {
-            None => Ok(()),
-            Some((name, entry)) => {
-                let fix = if name == "lm_head.weight" && model.tie_embeddings {
-                    "set tie_word_embeddings to false in config.json, or remove the tensor"
-                } else {
-                    "use a checkpoint of a plain decoder, without adapters or extra heads"
-                };
-                Err(Error::input(format!("{} has no such tensor", model.family.name()))
-                    .file(&self.checkpoint.files[entry.file])
-                    .tensor(name)
-                    .fix(fix))
-            }
-        }
+    match checkpoint.tensors.keys().find(|name| !seen.contains(*name) && !is_dispensable(model, name)) {
+        Some(name) => Err(model.beyond(checkpoint, name)),
+        None => Ok(seen),
     }
 }

@@ -9,8 +9,8 @@ use crossbeam_channel::{Receiver, Sender};
 use super::job::Job;
 use super::journal::{GroupRecord, PartId, PartRecord, digest, part_digest};
 use super::messages::{Event, Outbox};
-use crate::checkpoint::{OutputFiles, SourceTensor};
-use crate::error::Result;
+use crate::checkpoint::{OutputFiles, SourceTensor, first_not_finite};
+use crate::error::{Error, Result};
 
 /// Something to be placed.
 pub enum ToPlace {
@@ -41,7 +41,7 @@ impl Placer<'_> {
     /// Takes tensors until there are no more; returns the seconds of digesting, writing and sending.
     ///
     /// # Errors
-    /// Exit code 5: a disk that fails.
+    /// Exit code 5: a disk that fails, a tensor to be copied that holds NaN or infinity.
     pub fn run(self, tensors: &Receiver<ToPlace>) -> Result<f64> {
         let (mut digests, mut seconds) = (HashMap::new(), 0.0);
         for tensor in tensors {
@@ -62,6 +62,7 @@ impl Placer<'_> {
                 }
                 // In place there is no need for a copy in memory: an embedding may be gigabytes.
                 ToPlace::Copied(source) => {
+                    finite(self.job, &source)?;
                     digests.insert(source.name.clone(), digest(source.bytes()));
                     match self.files {
                         Some(files) => files.write(&source.name, source.bytes())?,
@@ -81,4 +82,17 @@ impl Placer<'_> {
         }
         Ok(seconds)
     }
+}
+
+/// The health check of what is only copied: nothing is computed with most of it, so nothing else would notice.
+fn finite(job: &Job, source: &SourceTensor) -> Result<()> {
+    let Some(at) = first_not_finite(source.dtype, source.bytes()) else { return Ok(()) };
+    let cols = source.shape.last().copied().unwrap_or(1).max(1);
+    let error = Error::run(format!(
+        "health check: the tensor holds NaN or infinity, first in row {}, column {}",
+        at / cols,
+        at % cols
+    ));
+    let file = &job.checkpoint.files[job.checkpoint.entry(&source.name)?.file];
+    Err(error.file(file).tensor(&source.name).fix("repair or replace this tensor in the source"))
 }

@@ -14,7 +14,7 @@ use crate::error::Result;
 use crate::methods::layer::Layer;
 use crate::methods::{Method, SiteStatistics, quantize_linear, weight_amax};
 use crate::model::{Batch, Decoder, LayerWeights, ModelConfig, Site};
-use crate::nvfp4::{GlobalScale, QuantizedLinear};
+use crate::nvfp4::{BLOCK, GlobalScale, QuantizedLinear};
 
 /// Rates in FLOP/s.
 #[derive(Clone, Copy, Debug, serde::Serialize, serde::Deserialize)]
@@ -86,7 +86,11 @@ impl OnBackend for Probe<'_> {
             let seconds = if self.method.needs_statistics() { layer.solve(&self)? } else { layer.round()? };
             rates.solving = operations(&small, self.method).solving / seconds;
             // A GPU only shows what it can do with a layer that keeps it busy.
-            if !self.method.needs_statistics() || seconds > ENOUGH || most > LARGEST || small == *self.model {
+            if !self.method.needs_statistics()
+                || seconds > ENOUGH
+                || most > LARGEST
+                || most >= weights(self.model)
+            {
                 return Ok(rates);
             }
             most *= LARGER;
@@ -111,14 +115,22 @@ impl Probe<'_> {
     }
 }
 
-/// A model of the same proportions whose layer has about as many `weights`, or the model where it has fewer.
+/// A model of the same proportions whose layer has about as many `weights`, or the model where it has fewer. Inputs of
+/// all its linears are whole blocks, also where those of the model are not, which `--ignore` allows.
 fn shrunk(model: &ModelConfig, most: usize) -> ModelConfig {
     let factor = (weights(model) as f64 / most as f64).sqrt().max(1.0);
+    let whole = Site::ALL.iter().all(|&site| model.site_features(site).is_multiple_of(BLOCK));
+    if factor == 1.0 && whole {
+        return model.clone();
+    }
     let share = |n: usize, unit: usize| ((n as f64 / factor / unit as f64).round() as usize).max(1) * unit;
-    let kv_heads = share(model.kv_heads, 1);
+    // So many heads are whole blocks together: 16 divided by what it has in common with the size of a head, which is
+    // a power of two.
+    let unit = BLOCK >> model.head_dim.trailing_zeros().min(BLOCK.trailing_zeros());
+    let kv_heads = share(model.kv_heads, unit);
     ModelConfig {
-        hidden: share(model.hidden, 16),
-        intermediate: share(model.intermediate, 16),
+        hidden: share(model.hidden, BLOCK),
+        intermediate: share(model.intermediate, BLOCK),
         heads: share(model.heads, 1).div_ceil(kv_heads) * kv_heads,
         kv_heads,
         ..model.clone()
@@ -281,6 +293,8 @@ fn noise<B: Backend>(backend: &B, elements: usize, mean: f32, scale: f32) -> Vec
 
 #[cfg(test)]
 mod tests {
+    use proptest::prelude::*;
+
     use super::*;
     use crate::backend::cpu::Cpu;
 
@@ -322,5 +336,26 @@ mod tests {
         let small = shrunk(&large, weights(&large) / 64);
         assert_eq!((small.hidden, small.intermediate, small.heads, small.kv_heads), (1536, 3584, 12, 1));
         assert_eq!(shrunk(&large, usize::MAX), large);
+    }
+
+    proptest! {
+        #[test]
+        fn a_made_up_layer_has_whole_blocks_and_whole_groups_of_heads_for_every_model(
+            kv_heads in 1usize..=40, queries in 1usize..=16, half in 1usize..=128,
+            hidden in 1usize..=2000, intermediate in 1usize..=4000, shift in 0u32..40,
+        ) {
+            let (heads, head_dim) = (kv_heads * queries, 2 * half);
+            let model = ModelConfig { hidden, intermediate, heads, kv_heads, head_dim, ..model() };
+            let small = shrunk(&model, 1 << shift);
+            prop_assert!(small.heads.is_multiple_of(small.kv_heads));
+            prop_assert_eq!(small.head_dim, head_dim);
+            for site in Site::ALL {
+                prop_assert!(small.site_features(site) > 0);
+                prop_assert!(small.site_features(site).is_multiple_of(BLOCK), "{site:?}: {small:?}");
+            }
+            // What shares can be rounded up to: a block, and heads that are whole blocks.
+            let least = ModelConfig { hidden: 16, intermediate: 16, heads: 8, kv_heads: 8, ..model.clone() };
+            prop_assert!(weights(&small) <= 8 * (weights(&model).min(1 << shift) + weights(&least)), "{small:?}");
+        }
     }
 }

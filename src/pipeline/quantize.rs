@@ -69,10 +69,11 @@ pub fn quantize(cluster: &Cluster, options: &Options) -> Result<()> {
     let Placed { placement, files, done, observed, run, root } =
         place(cluster, dir, options, &surveyed.inventory, &fingerprint)?;
     if cluster.is_root() && !options.quiet {
-        report::print(&surveyed.plan);
+        surveyed.notes.iter().for_each(|note| tracing::warn!("{note}"));
+        tell(&surveyed.plan);
         calibration.summary.warnings.iter().for_each(|warning| tracing::warn!("{warning}"));
     }
-    let Survey { checkpoint, model, inventory, machine, device, micro_batches, plan } = surveyed;
+    let Survey { checkpoint, model, inventory, machine, device, micro_batches, plan, .. } = surveyed;
     let job = Job {
         model,
         checkpoint,
@@ -169,6 +170,7 @@ pub fn quantize(cluster: &Cluster, options: &Options) -> Result<()> {
         report.source_bytes = job.checkpoint.total_bytes();
         report.output_bytes = placement.total_bytes();
         report.side_files = side_files;
+        report.left_behind = job.checkpoint.left_behind();
         report.seconds.prepare = prepared;
         report.seconds.walk = walked - prepared;
         report.seconds.prove = verified - walked;
@@ -214,7 +216,7 @@ fn find_ways(
 fn finish(options: &Options, mut report: RunReport, dir: &OutputDir, started: Instant) -> Result<()> {
     let proof = &report.verification;
     if !proof.passed() {
-        report::print(proof);
+        tell(proof);
         return Err(Error::verify(format!("verification failed: {}", proof.failed_rules().join(", ")))
             .file(&dir.partial)
             .fix("report this with the table above: the output was not published"));
@@ -225,9 +227,16 @@ fn finish(options: &Options, mut report: RunReport, dir: &OutputDir, started: In
         report.write(path)?;
     }
     if !options.quiet {
-        report::print(&report);
+        tell(&report);
     }
     Ok(())
+}
+
+/// Prints something. The output is worth more than what is said of it, so a place that takes no text is only a warning.
+fn tell(what: &impl std::fmt::Display) {
+    if let Err(error) = report::print(what) {
+        tracing::warn!("{error}");
+    }
 }
 
 fn calibrate(cluster: &Cluster, options: &Options, model: &ModelConfig) -> Result<Calibration> {

@@ -61,6 +61,8 @@ pub struct Survey {
     pub micro_batches: Vec<MicroBatch>,
     /// Who owns what.
     pub plan: Plan,
+    /// What of the source is used and what is ignored, where that is not plain.
+    pub notes: Vec<String>,
 }
 
 /// Opens the model on every rank, and plans on rank 0 from what the ranks report. `lengths` gives the
@@ -85,6 +87,8 @@ pub fn survey(
         }
         _ => Ok(()),
     })?;
+    let oddities = cluster.from_root(|| model.oddities(&checkpoint))?;
+    let notes = checkpoint.notes.iter().cloned().chain(oddities).collect();
     tracing::debug!("the model is open");
     let lengths = lengths(&model)?;
     tracing::debug!("the calibration data is read");
@@ -170,7 +174,7 @@ pub fn survey(
             options.layers_per_rank.as_deref(),
         )
     })?;
-    Ok(Survey { checkpoint, model, inventory, machine, device, micro_batches: batches, plan: planned })
+    Ok(Survey { checkpoint, model, inventory, machine, device, micro_batches: batches, plan: planned, notes })
 }
 
 /// Ranks whose rates are the same.
@@ -229,7 +233,7 @@ fn work(options: &PlanOptions, model: &ModelConfig, lengths: &[usize], batches: 
 
 fn open(options: &PlanOptions) -> Result<(Checkpoint, ModelConfig, Inventory)> {
     let checkpoint = Checkpoint::open(&options.model)?;
-    let model = ModelConfig::parse(&checkpoint.config)?;
+    let model = ModelConfig::of(&checkpoint)?;
     listed(checkpoint, model, options)
 }
 
@@ -238,7 +242,7 @@ fn open_or_describe(options: &PlanOptions) -> Result<(Checkpoint, ModelConfig, I
     if has_weights {
         return open(options);
     }
-    let model = ModelConfig::parse(&config)?;
+    let model = ModelConfig::parse(&config).map_err(|error| error.file(options.model.join("config.json")))?;
     let layers = (0..model.layers).flat_map(|layer| model.layer_tensors(layer));
     let tensors = std::iter::once(model.embedding()).chain(layers).chain(model.tail_tensors());
     let shapes = tensors.map(|spec| (spec.name, spec.shape)).collect();

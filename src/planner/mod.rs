@@ -138,7 +138,7 @@ pub fn plan(nodes: &[Node], model: &ModelCost, work: &Work, counts: Option<&[usi
 }
 
 fn checked_counts(counts: &[usize], ranks: usize, layers: usize) -> Result<&[usize]> {
-    let total: usize = counts.iter().sum();
+    let total = counts.iter().fold(0, |total: usize, &count| total.saturating_add(count));
     let listed = counts.iter().map(usize::to_string).collect::<Vec<_>>().join(",");
     if counts.len() != ranks {
         return Err(Error::plan(format!(

@@ -7,7 +7,8 @@ use std::path::Path;
 use serde_json::Value;
 
 use crate::checkpoint::Checkpoint;
-use crate::error::Result;
+use crate::error::{LONGEST_NAME, Result, printable};
+use crate::model::{Family, architectures};
 use crate::units::binary;
 
 /// What a directory is. `--json` prints it; its field names are stable.
@@ -15,7 +16,7 @@ use crate::units::binary;
 pub struct Inspection {
     /// The directory.
     pub dir: String,
-    /// Architecture, as config.json names it.
+    /// Architecture, as config.json names it: the one that distq can quantize, where there are several.
     pub architecture: String,
     /// Whether distq can quantize this architecture.
     pub supported: bool,
@@ -41,6 +42,8 @@ pub struct Inspection {
     pub tokenizer: bool,
     /// quantization_config, where there is one.
     pub quantization: Option<Value>,
+    /// What is used and what is ignored, where that is not plain.
+    pub notes: Vec<String>,
 }
 
 /// Reads a directory's configuration and headers.
@@ -51,20 +54,22 @@ pub fn inspect(dir: &Path) -> Result<Inspection> {
     let checkpoint = Checkpoint::open(dir)?;
     let config = &checkpoint.config;
     let number = |name: &str| config.get(name).and_then(Value::as_u64);
-    let architecture = config.get("architectures").and_then(|names| names.get(0)).and_then(Value::as_str);
-    let architecture = architecture.unwrap_or("unknown").to_string();
+    let named = architectures(config);
+    let supported = named.iter().find(|name| Family::from_name(name).is_some());
+    let architecture = supported.or(named.first()).map_or("unknown", |name| name).to_string();
     let mut elements = BTreeMap::new();
     let mut parameters = 0;
     for (name, entry) in &checkpoint.tensors {
-        let count = entry.shape.iter().product::<usize>() as u64;
-        *elements.entry(format!("{:?}", entry.dtype)).or_insert(0) += count;
+        // Zero bytes may have any shape.
+        let count = entry.shape.iter().fold(1u64, |count, &n| count.saturating_mul(n as u64));
+        *elements.entry(format!("{:?}", entry.dtype)).or_insert(0u64) += count;
         let packed = entry.dtype == safetensors::Dtype::U8;
         let scale = ["_scale", "_scale_2"].iter().any(|suffix| name.ends_with(suffix));
         parameters += if scale { 0 } else { count * if packed { 2 } else { 1 } };
     }
     Ok(Inspection {
         dir: dir.display().to_string(),
-        supported: crate::model::Family::from_name(&architecture).is_some(),
+        supported: supported.is_some(),
         architecture,
         layers: number("num_hidden_layers"),
         hidden: number("hidden_size"),
@@ -77,6 +82,7 @@ pub fn inspect(dir: &Path) -> Result<Inspection> {
         parameters,
         tokenizer: checkpoint.dir.join("tokenizer.json").exists(),
         quantization: config.get("quantization_config").filter(|value| !value.is_null()).cloned(),
+        notes: checkpoint.notes.clone(),
     })
 }
 
@@ -85,7 +91,8 @@ impl fmt::Display for Inspection {
         let known = |value: Option<u64>| value.map_or("?".to_string(), |n| n.to_string());
         let supported = if self.supported { "" } else { " (distq can't quantize it)" };
         writeln!(f, "{}", self.dir)?;
-        writeln!(f, "  architecture  {}{supported}", self.architecture)?;
+        self.notes.iter().try_for_each(|note| writeln!(f, "  note          {note}"))?;
+        writeln!(f, "  architecture  {}{supported}", printable(&self.architecture, LONGEST_NAME))?;
         writeln!(
             f,
             "  sizes         {} layers, hidden {}, intermediate {}, vocabulary {}",
@@ -108,10 +115,10 @@ impl fmt::Display for Inspection {
         write!(f, "  quantization  ")?;
         let Some(quantization) = &self.quantization else { return write!(f, "none") };
         let text = |name: &str| quantization.get(name).and_then(Value::as_str).unwrap_or("-");
-        write!(f, "{}", text("quant_method"))?;
+        write!(f, "{}", printable(text("quant_method"), LONGEST_NAME))?;
         for detail in ["format", "quant_algo"] {
             if quantization.get(detail).is_some() {
-                write!(f, ", {}", text(detail))?;
+                write!(f, ", {}", printable(text(detail), LONGEST_NAME))?;
             }
         }
         let ignored = quantization.get("ignore").and_then(Value::as_array).map_or(0, Vec::len);

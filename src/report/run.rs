@@ -9,6 +9,7 @@ use std::path::Path;
 use super::page::page;
 use super::{Bar, Phases};
 use crate::calibration;
+use crate::checkpoint::some;
 use crate::cluster::{Cluster, Machine, own_memory};
 use crate::error::{Error, Result};
 use crate::methods::Codes;
@@ -40,6 +41,8 @@ pub struct RunReport {
     pub output_bytes: u64,
     /// Files carried over beside the weights.
     pub side_files: Vec<String>,
+    /// What else is beside the weights, and was not carried over.
+    pub left_behind: Vec<String>,
     /// Wall time by phase.
     pub seconds: Seconds,
     /// What was planned.
@@ -262,6 +265,11 @@ impl fmt::Display for RunReport {
             duration(self.seconds.prove),
             verified,
         )?;
+        for (what, names) in [("carried over", &self.side_files), ("left behind", &self.left_behind)] {
+            if !names.is_empty() {
+                writeln!(f, "{what}: {}", some(names))?;
+            }
+        }
         write!(f, "written to {}", self.out)
     }
 }
@@ -288,6 +296,7 @@ impl RunReport {
             source_bytes: 0,
             output_bytes: 0,
             side_files: vec![],
+            left_behind: vec![],
             seconds: Seconds { walk_expected: plan.seconds, ..Seconds::default() },
             health: health(&plan, &parts),
             plan,

@@ -6,8 +6,8 @@ use super::folds::holds_factor;
 use super::scan::WORTH_A_LOOK;
 use super::subject::Subject;
 use super::{Concerns, Findings, Rule, any, same_config};
-use crate::checkpoint::{LinearScheme, SourceTensor, widen};
-use crate::model::Site;
+use crate::checkpoint::{Checkpoint, LinearScheme, SourceTensor, widen};
+use crate::model::{ModelConfig, Site, is_dispensable};
 
 const SOURCE: Concerns = Concerns::Source;
 
@@ -56,11 +56,18 @@ fn accounted(subject: &Subject, findings: &mut Findings) {
             continue;
         }
         match (source.tensor(name).ok(), subject.tensors.get(name)) {
+            (_, None) if is_second_copy(source, name) => {}
             (_, None) => findings.error(format!("{name} is missing")),
             (Some(there), Some(_)) if copied(subject, &there) || explained(subject, &there) => {}
             _ => findings.error(format!("{name} differs from the source")),
         }
     }
+}
+
+/// Whether a tied model stores its embedding once more, as lm_head.
+fn is_second_copy(source: &Checkpoint, name: &str) -> bool {
+    let same = |model: ModelConfig| is_dispensable(&model, name) && model.oddities(source).is_ok();
+    ModelConfig::of(source).is_ok_and(same)
 }
 
 /// Whether a tensor is the source's, byte for byte.

@@ -80,7 +80,7 @@ impl Subject {
     /// # Errors
     /// Exit code 3 where there is no checkpoint to look at, or no source.
     pub fn open(dir: &Path, source: Option<&Path>) -> Result<Subject> {
-        let dir = &snapshot(dir)?;
+        let dir = &snapshot(dir)?.0;
         let source = source.map(Checkpoint::open).transpose()?;
         let listing = listing(dir)?;
         let config = object(&dir.join("config.json"));

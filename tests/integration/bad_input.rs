@@ -4,31 +4,9 @@
 use std::fs;
 
 use safetensors::Dtype;
-use serde_json::{Value, json};
+use serde_json::json;
 
-use crate::support::{Distq, Scene, digests, is_open_mpi, mpirun};
-
-/// What is done to a good scene, the arguments added, the exit code, and words of the message.
-struct Case {
-    name: &'static str,
-    spoil: fn(&Scene),
-    args: &'static [&'static str],
-    code: i32,
-    words: &'static [&'static str],
-}
-
-fn set(scene: &Scene, key: &str, value: Value) {
-    let mut config = scene.config();
-    config[key] = value;
-    scene.write_config(&config);
-}
-
-fn spoil_weight(scene: &Scene, name: &str, at: usize, value: f32) {
-    scene.change_weights(|tensors| {
-        let bytes = &mut tensors.get_mut(name).unwrap().2;
-        bytes[2 * at..2 * at + 2].copy_from_slice(&half::bf16::from_f32(value).to_le_bytes());
-    });
-}
+use crate::support::{Case, Distq, Scene, digests, is_open_mpi, mpirun, set, spoil_weight};
 
 fn write_calib(scene: &Scene, lines: &str) {
     fs::write(scene.calib(), lines).unwrap();
@@ -78,12 +56,13 @@ const CASES: &[Case] = &[
     Case {
         name: "the index names a missing tensor",
         spoil: |s| {
-            let index = json!({"weight_map": {"model.gone.weight": "model.safetensors"}});
+            let index = json!({"weight_map": {DOWN: "model.safetensors"}});
             fs::write(s.model().join("model.safetensors.index.json"), index.to_string()).unwrap();
+            s.change_weights(|t| assert!(t.remove(DOWN).is_some()));
         },
         args: &[],
         code: 3,
-        words: &["index", "model.gone.weight"],
+        words: &["index", DOWN, "missing"],
     },
     Case {
         name: "a truncated file",
@@ -220,10 +199,13 @@ const CASES: &[Case] = &[
     },
     Case {
         name: "an already quantized source",
-        spoil: |s| set(s, "quantization_config", json!({"quant_method": "gptq"})),
+        spoil: |s| {
+            set(s, "quantization_config", json!({"quant_method": "gptq"}));
+            s.change_weights(|t| _ = t.insert("x.qweight".into(), (Dtype::I32, vec![1], vec![0; 4])));
+        },
         args: &[],
         code: 3,
-        words: &["already quantized", "original"],
+        words: &["already quantized", "gptq", "x.qweight", "original"],
     },
     Case {
         name: "the output exists",
@@ -245,6 +227,13 @@ const CASES: &[Case] = &[
         args: &["--layers-per-rank", "3,4"],
         code: 4,
         words: &["3,4", "7 layers", "has 6"],
+    },
+    Case {
+        name: "a split that leaves a rank idle",
+        spoil: |_| {},
+        args: &["--layers-per-rank", "6,0"],
+        code: 4,
+        words: &["6,0", "rank 1 without a layer"],
     },
     Case {
         name: "a split for other ranks",

@@ -8,6 +8,7 @@ mod hosts;
 mod job;
 mod machines;
 mod methods;
+mod model_dirs;
 mod ranks;
 mod resume;
 mod smollm2;

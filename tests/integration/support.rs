@@ -181,6 +181,30 @@ pub fn change_safetensors(path: &Path, change: impl FnOnce(&mut Tensors)) {
     safetensors::serialize_to_file(views, metadata.metadata().clone(), path).unwrap();
 }
 
+/// What is done to a good scene, the arguments added, the exit code, and words of the message.
+pub struct Case {
+    pub name: &'static str,
+    pub spoil: fn(&Scene),
+    pub args: &'static [&'static str],
+    pub code: i32,
+    pub words: &'static [&'static str],
+}
+
+/// Sets a field of config.json.
+pub fn set(scene: &Scene, key: &str, value: Value) {
+    let mut config = scene.config();
+    config[key] = value;
+    scene.write_config(&config);
+}
+
+/// Changes one element of a BF16 tensor.
+pub fn spoil_weight(scene: &Scene, name: &str, at: usize, value: f32) {
+    scene.change_weights(|tensors| {
+        let bytes = &mut tensors.get_mut(name).unwrap().2;
+        bytes[2 * at..2 * at + 2].copy_from_slice(&half::bf16::from_f32(value).to_le_bytes());
+    });
+}
+
 /// A command line of the real binary.
 #[derive(Clone)]
 pub struct Distq {
