@@ -63,6 +63,10 @@ impl Method {
     /// Every piece.
     pub const BEST: Method = Method { smooth: true, codes: Codes::Gptq, guard: true, headroom: true };
 
+    /// What needs less memory than the others, the more accurate first: no Hessian, and no statistics at all.
+    pub const LIGHTER: [Method; 2] =
+        [Method { smooth: true, codes: Codes::Wsweep, guard: false, headroom: true }, Method::MAX];
+
     /// Whether a layer's inputs must be summed up and sampled, rather than their maximum taken.
     pub fn needs_statistics(self) -> bool {
         self != Method::MAX

@@ -121,6 +121,12 @@ impl Inventory {
             workspace_row: (row * self.compute.bytes()) as u64,
             operations: operations(model, method),
             statistics: method.needs_statistics().then(|| statistics(model, method)),
+            lighter: Method::LIGHTER
+                .iter()
+                .skip_while(|lighter| !method.needs_products() && lighter.needs_statistics())
+                .filter(|_| method.needs_statistics())
+                .map(|&lighter| (lighter.to_string(), self.cost(model, lighter)))
+                .collect(),
         }
     }
 }

@@ -102,8 +102,8 @@ pub fn survey(
     let (local_rank, threads) = (cluster.local_rank(), machine.threads);
     let opened = cluster.attend(|| Device::open(options.device, inventory.compute, local_rank, threads));
     let device = cluster.agree(opened)?;
-    // A card's host keeps files in memory that the card does not use.
-    let cache = match device.memory() {
+    // A card's host keeps files and hidden states in memory that the card does not use.
+    let host_memory = match device.memory() {
         Some((_, false)) => cluster.machine(None).memory,
         _ => 0,
     };
@@ -150,7 +150,7 @@ pub fn survey(
     let node = Node {
         rank: cluster.rank(),
         memory: machine.memory,
-        cache,
+        host_memory,
         flops: mean(rates.iter().map(|rates| rates.forward)),
         statistics_flops: mean(rates.iter().map(|rates| rates.statistics)),
         solving_flops: mean(rates.iter().map(|rates| rates.solving)),
@@ -218,6 +218,7 @@ pub fn foresee(
 
 fn work(options: &PlanOptions, model: &ModelConfig, lengths: &[usize], batches: &[MicroBatch]) -> Work {
     Work {
+        documents: lengths.len(),
         pairs: pairs(model, lengths),
         tokens: lengths.iter().sum::<usize>() as u64,
         micro_batches: batches.len(),
@@ -268,5 +269,65 @@ fn by_rank<T: Copy>(option: &str, chosen: &[T], rank: usize, ranks: usize) -> Re
             Err(Error::plan(format!("{option} has values for {} ranks, and the job has {ranks}", each.len()))
                 .fix("give one value for all ranks or one for each"))
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::planner::Mode;
+    use crate::units::parse_bytes;
+
+    /// A model of 123e9 parameters on two machines of 128 GB and a card, in rank order.
+    fn planned(method: &str, card: &str, length: usize) -> Result<Plan> {
+        let dir = tempfile::tempdir().unwrap();
+        let config = serde_json::json!({
+            "architectures": ["MistralForCausalLM"], "model_type": "mistral", "hidden_size": 12288,
+            "intermediate_size": 28672, "num_attention_heads": 96, "num_key_value_heads": 8, "head_dim": 128,
+            "num_hidden_layers": 88, "vocab_size": 32768, "tie_word_embeddings": false, "torch_dtype": "bfloat16",
+        });
+        std::fs::write(dir.path().join("config.json"), config.to_string()).unwrap();
+        let options = PlanOptions {
+            model: dir.path().into(),
+            layout: "compressed-tensors".parse().unwrap(),
+            scheme: "nvfp4".parse().unwrap(),
+            method: method.parse().unwrap(),
+            ignore: vec![],
+            layers_per_rank: Some(vec![41, 41, 6]),
+            memory_per_rank: vec![],
+            device: DeviceChoice::Auto,
+            work_dir: None,
+        };
+        let machines = ["128GB:uma", "128GB:uma", card].map(|machine| machine.parse().unwrap());
+        foresee(&options, &machines, &[], |_| Ok(vec![length; 256]))
+    }
+
+    #[test]
+    fn the_last_six_of_88_layers_fit_a_card_of_24_gib() {
+        for length in [650, 1200] {
+            let plan = planned("best", "24GiB:gpu", length).unwrap();
+            let card = &plan.stages[2];
+            assert_eq!((card.layers.clone(), card.mode), (82..88, Mode::Spilled));
+            assert!(
+                card.peak_memory <= card.memory && card.memory < parse_bytes("21.7GiB").unwrap(),
+                "{plan}"
+            );
+        }
+        // With room on the card, hidden states stay there.
+        assert_ne!(planned("best", "48GiB:gpu", 650).unwrap().stages[2].mode, Mode::Spilled);
+    }
+
+    #[test]
+    fn where_a_card_is_too_small_the_options_that_help_are_named_and_help() {
+        let refused = planned("best", "16GiB:gpu", 650).unwrap_err().to_string();
+        let method = refused.split("--method ").nth(1).unwrap_or_else(|| panic!("{refused}"));
+        let method = method.split([';', ' ', '\n']).next().unwrap();
+        assert!(planned(method, "16GiB:gpu", 650).is_ok(), "{refused}");
+        // Hidden states are with the host already: neither a directory nor fewer documents would help.
+        assert!(!refused.contains("--work-dir") && !refused.contains("--calib-samples"), "{refused}");
+        let refused = planned("best", "24GiB:gpu:2GiB", 650).unwrap_err().to_string();
+        let samples = refused.split("--calib-samples ").nth(1).unwrap_or_else(|| panic!("{refused}"));
+        let samples: usize = samples.split([';', ' ', '\n']).next().unwrap().parse().unwrap();
+        assert!((32..256).contains(&samples) && refused.contains("--work-dir"), "{refused}");
     }
 }

@@ -32,6 +32,8 @@ pub struct Walk<'a, B: Solver> {
     keeper: Keeper<'a>,
     /// What the second sweep begins with, by micro-batch, where there is no directory for it.
     captured: Vec<Option<Vec<u8>>>,
+    /// Hidden states before the next layer, by micro-batch, where neither the device nor a directory holds them.
+    held: Vec<Vec<u8>>,
     /// The device's clock: a moment, and when it was on the timeline.
     clock: (B::Moment, f64),
     /// Passes that have not been noted yet.
@@ -61,6 +63,15 @@ struct Pass<M> {
     end: M,
 }
 
+/// A micro-batch whose hidden states leave the device behind a layer.
+struct Leaving<M> {
+    micro_batch: usize,
+    /// Which of the states in memory are its own.
+    slot: usize,
+    /// When they are complete.
+    since: M,
+}
+
 /// Which micro-batches pass what, and how many of them together.
 #[derive(Clone, Copy)]
 struct Course<'a> {
@@ -82,6 +93,7 @@ impl<'a, B: Solver> Walk<'a, B> {
             .collect::<Result<_>>()?;
         let most = batches.iter().map(|batch| batch.tokens).max().unwrap_or(0);
         let captured = batches.iter().map(|_| None).collect();
+        let held = batches.iter().map(|_| vec![]).collect();
         let keeper = Keeper::new(stage.states, job);
         let moment = stage.backend.moment()?;
         stage.backend.seconds(&moment, &moment)?; // it has passed
@@ -93,6 +105,7 @@ impl<'a, B: Solver> Walk<'a, B> {
             most,
             keeper,
             captured,
+            held,
             clock: (moment, stage.timeline.now()),
             passing: vec![],
             computed: 0.0,
@@ -162,7 +175,9 @@ impl<'a, B: Solver> Walk<'a, B> {
     ) -> Result<()> {
         let stage = self.stage;
         let mut work = self.decoder.workspace(self.most)?;
-        let in_memory = if stage.mode == Mode::Spilled { 1 } else { course.group.min(self.batches.len()) };
+        // Where hidden states leave the device, those of one micro-batch do while the next passes the layer.
+        let spilled = stage.mode == Mode::Spilled;
+        let in_memory = if spilled { 2 } else { course.group }.min(self.batches.len());
         let mut states = (0..in_memory)
             .map(|_| stage.backend.activation(self.most, stage.job.model.hidden))
             .collect::<Result<Vec<_>>>()?;
@@ -202,8 +217,14 @@ impl<'a, B: Solver> Walk<'a, B> {
             let (mut before, mut behind) = self.open(course, visit, since);
             let mut passing = vec![];
             let kept = behind.any();
+            let mut leaving: Option<Leaving<B::Moment>> = None;
             for &i in &visit.micro_batches {
-                let state = &mut states[i % in_memory];
+                let place = match (spilled, &leaving) {
+                    (false, _) => i % in_memory,
+                    (true, None) => 0,
+                    (true, Some(before)) => 1 - before.slot,
+                };
+                let state = &mut states[place];
                 self.bring(course, visit.layer, i, state)?;
                 self.keep(course, &mut before, i, state)?;
                 let route = visit.route(course.routes, i);
@@ -219,9 +240,17 @@ impl<'a, B: Solver> Walk<'a, B> {
                         let shape = [self.batches[i].tokens, stage.job.model.hidden];
                         self.crossing.pass_on(stage.backend, i, state, shape)?;
                     }
-                    self.keep(course, &mut behind, i, state)?;
+                    match (spilled, leaving.take()) {
+                        (false, _) => self.keep(course, &mut behind, i, state)?,
+                        (true, before) => {
+                            let since = stage.backend.moment()?;
+                            leaving = Some(Leaving { micro_batch: i, slot: place, since });
+                            self.leave(course, &mut behind, before, &states)?;
+                        }
+                    }
                 }
             }
+            self.leave(course, &mut behind, leaving, &states)?;
             // Those of the visit before: while the device passes them, it has been given this one's already.
             let passed = std::mem::replace(&mut self.passing, passing);
             self.note(passed)?;
@@ -318,13 +347,45 @@ impl<'a, B: Solver> Walk<'a, B> {
             self.waited += started.elapsed().as_secs_f64();
             return Ok(());
         }
-        let mut bytes = Vec::new();
-        match (self.captured[i].take(), self.keeper.states()) {
-            (Some(captured), _) => bytes = captured,
-            (None, Some(states)) => states.read(layer, &stage.job.micro_batches[i].samples, &mut bytes)?,
-            (None, None) => return Err(Error::run("no hidden states were kept")),
+        let held = &mut self.held[i];
+        let captured = if course.captures { None } else { self.captured[i].take() };
+        match (captured, self.keeper.states()) {
+            (Some(captured), _) => *held = captured,
+            (None, Some(states)) => states.read(layer, &stage.job.micro_batches[i].samples, held)?,
+            (None, None) if held.is_empty() => return Err(Error::run("no hidden states were kept")),
+            (None, None) => {}
         }
-        stage.backend.upload(&bytes, state)
+        // Beside the forward pass, which has the micro-batch before.
+        let arrived = stage.backend.arrived(held, stage.job.model.hidden)?;
+        stage.backend.copy(&arrived, state)?;
+        // Only what leaves the device again needs the memory again.
+        if stage.mode != Mode::Spilled || self.keeper.states().is_some() {
+            *held = vec![];
+        }
+        Ok(())
+    }
+
+    /// Takes hidden states off the device, once they are complete.
+    fn leave(
+        &mut self,
+        course: Course<'a>,
+        keeping: &mut Keeping,
+        leaving: Option<Leaving<B::Moment>>,
+        states: &[B::Tensor],
+    ) -> Result<()> {
+        let Some(Leaving { micro_batch: i, slot, since }) = leaving else { return Ok(()) };
+        let (backend, state, layer) = (self.stage.backend, &states[slot], keeping.layer());
+        if self.keeper.states().is_some() {
+            return self.keeper.keep(keeping, i, |bytes| backend.download_as_of(&since, state, bytes));
+        }
+        let captured = course.captures && self.stage.routes.captures(i) == Some(layer);
+        if captured || course.routes[i].as_ref().is_some_and(|route| route.passes(layer)) {
+            backend.download_as_of(&since, state, &mut self.held[i])?;
+        }
+        if captured {
+            self.captured[i] = Some(self.held[i].clone());
+        }
+        Ok(())
     }
 
     /// Keeps hidden states: in a file, or in memory where the second sweep begins with them and there is no directory.

@@ -27,14 +27,14 @@ pub enum MachineKind {
 }
 
 /// A machine as the command line describes it: `SIZE:KIND`, for a GPU with its own memory also
-/// `SIZE:gpu:HOST`, where `HOST` is host memory that keeps files.
+/// `SIZE:gpu:HOST`, where `HOST` is host memory for files and hidden states.
 #[derive(Clone, Debug, PartialEq)]
 pub struct AssumedMachine {
     /// Bytes of memory where it computes.
     pub memory: u64,
     /// Its kind.
     pub kind: MachineKind,
-    /// Bytes of host memory beside it.
+    /// Bytes of host memory beside it: as much as a card's own where nothing is said of it.
     pub host: u64,
 }
 
@@ -62,7 +62,7 @@ impl AssumedMachine {
             host: self.to_string(),
             host_id: rank,
             memory: memory.unwrap_or(usable(self.memory)),
-            cache: usable(self.host),
+            host_memory: usable(self.host),
             flops,
             statistics_flops: flops / 2.0,
             solving_flops: flops / 20.0,
@@ -91,12 +91,27 @@ impl FromStr for AssumedMachine {
         };
         let (memory, rest) = text.split_once(':').ok_or_else(wrong)?;
         let (kind, host) = match rest.split_once(':') {
-            None => (rest, 0),
-            Some(("gpu", host)) => ("gpu", parse_bytes(host)?),
+            None => (rest, None),
+            Some(("gpu", host)) => ("gpu", Some(parse_bytes(host)?)),
             Some(_) => return Err(wrong()),
         };
+<<<<<<< HEAD
         let kind = MachineKind::from_str(kind, false).map_err(|_| wrong())?;
         Ok(AssumedMachine { memory: parse_bytes(memory)?, kind, host })
+=======
+        let kind = match kind {
+            "uma" => MachineKind::Uma,
+            "gpu" => MachineKind::Gpu,
+            "cpu" => MachineKind::Cpu,
+            _ => return Err(wrong()),
+        };
+        let memory = parse_bytes(memory)?;
+        let host = match (kind, host) {
+            (MachineKind::Gpu, None) => memory,
+            (_, host) => host.unwrap_or(0),
+        };
+        Ok(AssumedMachine { memory, kind, host })
+>>>>>>> 7f7abd0 (Hidden states that a card has no room for are in its host's memory; a plan that does not fit says what would)
     }
 }
 
@@ -109,6 +124,7 @@ mod tests {
         let read = |text: &str| text.parse::<AssumedMachine>();
         let card = AssumedMachine { memory: 24 << 30, kind: MachineKind::Gpu, host: 64 << 30 };
         assert_eq!(read("24GiB:gpu:64GiB").unwrap(), card);
+        assert_eq!(read("24GiB:gpu").unwrap(), AssumedMachine { host: 24 << 30, ..card });
         assert_eq!(read("128GiB:uma").unwrap().to_string(), "128 GiB uma");
         for text in ["24GiB", "24GiB:tpu", "128GiB:uma:64GiB", "x:cpu", "24GiB:gpu:"] {
             assert!(read(text).is_err(), "{text}");

@@ -28,6 +28,8 @@ pub struct ModelCost {
     /// Bytes of a layer's statistics and of solving for its codes, where the method needs them: then all
     /// micro-batches pass a layer before the next, and their hidden states wait in memory.
     pub statistics: Option<u64>,
+    /// The same model under methods that need less memory, by their names on the command line.
+    pub lighter: Vec<(String, ModelCost)>,
 }
 
 /// Floating-point operations of one layer, an addition and a multiplication counted apart.
@@ -53,6 +55,8 @@ impl Operations {
 /// What is to be done, whatever the machines.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Work {
+    /// Calibration documents.
+    pub documents: usize,
     /// Calibration tokens.
     pub tokens: u64,
     /// Pairs of a token and one that it sees, itself included.
@@ -75,7 +79,8 @@ pub enum Mode {
     Resident,
     /// A few layers at a time: every weight is loaded once a group.
     Streamed,
-    /// The same, with the hidden states in files: they are read before every layer and written behind it.
+    /// The same, with the hidden states in files or, where a card has memory of its own, in its host's memory: they
+    /// are read before every layer and written behind it.
     Spilled,
 }
 
@@ -160,6 +165,20 @@ impl Work {
         sizes
     }
 
+    /// The same with as many of the documents, of the same lengths on average.
+    pub fn with_documents(&self, documents: usize) -> Work {
+        let share =
+            |amount: u64| (amount as u128 * documents as u128).div_ceil(self.documents as u128) as u64;
+        Work {
+            documents,
+            tokens: share(self.tokens),
+            pairs: share(self.pairs),
+            micro_batches: share(self.micro_batches as u64) as usize,
+            micro_batch_tokens: self.micro_batch_tokens.min(share(self.tokens)),
+            ..self.clone()
+        }
+    }
+
     /// Groups of `group` micro-batches.
     pub fn groups(&self, group: usize) -> usize {
         self.micro_batches.div_ceil(group).max(1)
@@ -192,33 +211,34 @@ impl ModelCost {
 }
 
 impl Slice {
-    /// Expected peak of memory. Streamed: three layers (being read, at work, being quantized; with statistics the last
-    /// two are one) and a layer's output; the tail is copied by itself. Resident: all of the slice and a layer's output.
-    /// Besides: a group's hidden states, one micro-batch's intermediate results, and what comes from the embedding or
-    /// another stage and goes to the next. Spilled: a few micro-batches' hidden states, on their way to files and back.
-    pub fn peak_memory(&self, mode: Mode, group: usize, model: &ModelCost, work: &Work) -> u64 {
+    /// Expected peak of memory where `node` computes. Streamed: three layers (being read, at work, being quantized;
+    /// with statistics the last two are one) and a layer's output; the tail is copied by itself. Resident: all of the
+    /// slice and a layer's output. A card with memory of its own holds neither embedding nor tail: its host gathers the
+    /// one's rows and copies the other. Besides: a group's hidden states, one micro-batch's intermediate results, and
+    /// what comes from the embedding or another stage and goes to the next. Spilled: a few micro-batches' hidden states,
+    /// on their way and back.
+    pub fn peak_memory(&self, node: &Node, mode: Mode, group: usize, model: &ModelCost, work: &Work) -> u64 {
         let layers = if model.statistics.is_some() { 2 } else { 3 };
+        let (copied, tail) = if node.is_apart() { (0, 0) } else { (self.head_loaded + self.tail, self.tail) };
         let weights = match mode {
-            Mode::Resident => self.loaded + self.head_loaded + self.tail + self.largest_output,
-            Mode::Streamed | Mode::Spilled => {
-                (layers * self.largest_loaded + self.largest_output).max(self.tail)
-            }
+            Mode::Resident => self.loaded + copied + self.largest_output,
+            Mode::Streamed | Mode::Spilled => (layers * self.largest_loaded + self.largest_output).max(tail),
         };
         let states = match model.statistics {
             _ if !work.calibrates => 0,
             None => (group as u64 * model.hidden_row + model.workspace_row) * work.micro_batch_tokens,
             Some(statistics) => {
-                // All of them in the sweep over a layer, and behind the first stage those that wait for this sweep.
-                let all = match (mode, work.spills) {
-                    (Mode::Spilled, _) => 0,
-                    (_, false) if self.layers.start > 0 => work.tokens * model.hidden_row * 2,
-                    _ => work.tokens * model.hidden_row,
-                };
-                all + model.workspace_row * work.micro_batch_tokens + statistics
+                // All of them in the sweep over a layer.
+                let all = if mode == Mode::Spilled { 0 } else { work.tokens * model.hidden_row };
+                let waiting = if node.is_apart() { 0 } else { self.waiting(model, work) };
+                all + waiting + model.workspace_row * work.micro_batch_tokens + statistics
             }
         };
-        let on_their_way =
-            if work.spills { IN_FLIGHT * model.hidden_row * work.micro_batch_tokens } else { 0 };
+        let on_their_way = if work.spills || mode == Mode::Spilled {
+            IN_FLIGHT * model.hidden_row * work.micro_batch_tokens
+        } else {
+            0
+        };
         // The embedding's rows come to the first stage as hidden states come to the others.
         let neighbours = 1 + u64::from(!self.is_last(model));
         let crossing = match work.calibrates {
@@ -228,19 +248,35 @@ impl Slice {
         FIXED_MEMORY + weights + states + on_their_way + crossing
     }
 
+    /// Hidden states that wait in memory for the second sweep. The first stage makes its own again, the last one walks
+    /// once, and with a directory they wait in files.
+    fn waiting(&self, model: &ModelCost, work: &Work) -> u64 {
+        let walks_twice = work.calibrates && model.statistics.is_some() && !self.is_last(model);
+        if walks_twice && self.layers.start > 0 && !work.spills { work.tokens * model.hidden_row } else { 0 }
+    }
+
+    /// Hidden states in the memory of a card's host.
+    fn beside_the_card(&self, mode: Mode, model: &ModelCost, work: &Work) -> u64 {
+        let spilled = mode == Mode::Spilled && !work.spills;
+        self.waiting(model, work) + if spilled { work.tokens * model.hidden_row } else { 0 }
+    }
+
     /// The mode that `node` can run this slice in. One group loads every weight once in either mode, and
-    /// streaming holds less. Hidden states go to files only where there is no other way.
+    /// streaming holds less. Hidden states leave the device only where there is no other way.
     pub fn mode(&self, node: &Node, group: usize, model: &ModelCost, work: &Work) -> Option<Mode> {
-        let fits = |mode: &Mode| self.peak_memory(*mode, group, model, work) <= node.memory;
+        let fits = |mode: &Mode| {
+            self.peak_memory(node, *mode, group, model, work) <= node.memory
+                && (!node.is_apart() || self.beside_the_card(*mode, model, work) <= node.host_memory)
+        };
         let modes = [Mode::Resident, Mode::Streamed, Mode::Spilled];
-        let modes = &modes[..if can_spill(model, work) { 3 } else { 2 }];
+        let modes = &modes[..if can_spill(node, model, work) { 3 } else { 2 }];
         modes.iter().copied().skip(usize::from(work.groups(group) == 1)).find(fits)
     }
 
-    /// The least that any mode needs.
-    pub fn least_memory(&self, model: &ModelCost, work: &Work) -> u64 {
-        let mode = if can_spill(model, work) { Mode::Spilled } else { Mode::Streamed };
-        self.peak_memory(mode, 1, model, work)
+    /// The least that any mode needs where `node` computes.
+    pub fn least_memory(&self, node: &Node, model: &ModelCost, work: &Work) -> u64 {
+        let mode = if can_spill(node, model, work) { Mode::Spilled } else { Mode::Streamed };
+        self.peak_memory(node, mode, 1, model, work)
     }
 
     /// Whether this is the last stage, which passes nothing on.
@@ -265,8 +301,9 @@ impl Slice {
         let layers = self.layers.len() as Time;
         let forward = model.operations.forward(work.tokens, work.pairs);
         let statistics = forward + work.tokens as f64 * model.operations.statistics;
-        let kept = mode == Mode::Resident || self.source <= node.cache;
         let states = work.tokens * model.hidden_row;
+        let beside = self.beside_the_card(mode, model, work);
+        let kept = mode == Mode::Resident || self.source + beside <= node.host_memory;
         let sent = if self.is_last(model) { 0 } else { states };
         Pace {
             forward: layers * time(forward, node.flops / slowed),
@@ -276,10 +313,10 @@ impl Slice {
             again: bytes(self.source, if kept { CACHE_RATE.max(node.read_rate) } else { node.read_rate }),
             write: bytes(self.output, WRITE_RATE),
             link: bytes(sent, link),
-            spill: if mode == Mode::Spilled {
-                layers * (bytes(states, node.read_rate) + bytes(states, WRITE_RATE))
-            } else {
-                0
+            spill: match (mode, work.spills) {
+                (Mode::Spilled, true) => layers * (bytes(states, node.read_rate) + bytes(states, WRITE_RATE)),
+                (Mode::Spilled, false) => layers * 2 * bytes(states, CACHE_RATE),
+                _ => 0,
             },
         }
     }
@@ -327,9 +364,10 @@ impl Slice {
     }
 }
 
-/// Whether hidden states can go to files. Methods without statistics hold no more than a group's in any case.
-fn can_spill(model: &ModelCost, work: &Work) -> bool {
-    work.spills && work.calibrates && model.statistics.is_some()
+/// Whether hidden states can leave the device: to files, or from a card to its host's memory. Methods without
+/// statistics hold no more than a group's in any case.
+fn can_spill(node: &Node, model: &ModelCost, work: &Work) -> bool {
+    (work.spills || node.is_apart()) && work.calibrates && model.statistics.is_some()
 }
 
 #[cfg(test)]
@@ -351,7 +389,8 @@ mod tests {
         assert_eq!(model.slice(0..2).source, (2 << 20) + (1 << 21));
         assert_eq!(model.slice(2..4).source, (2 << 20) + (1 << 10));
         assert_eq!(model.slice(0..4).source, (4 << 20) + (1 << 21) + (1 << 10));
-        let resident = |range| model.slice(range).peak_memory(Mode::Resident, 1, &model, &work());
+        let here = node(0, 0, 1e9);
+        let resident = |range| model.slice(range).peak_memory(&here, Mode::Resident, 1, &model, &work());
         assert_eq!(resident(0..1) - resident(1..2), 1 << 21);
         // At the end of the model there is one neighbour less.
         let crossing = CROSSING * model.hidden_row * work().micro_batch_tokens;
@@ -361,8 +400,10 @@ mod tests {
     #[test]
     fn statistics_need_room_and_all_hidden_states() {
         let plain = model(4);
-        let thorough = crate::planner::ModelCost { statistics: Some(1 << 30), ..model(4) };
-        let peak = |model: &ModelCost| model.slice(0..2).peak_memory(Mode::Streamed, 1, model, &work());
+        let thorough = ModelCost { statistics: Some(1 << 30), ..model(4) };
+        let here = node(0, 0, 1e9);
+        let peak =
+            |model: &ModelCost| model.slice(0..2).peak_memory(&here, Mode::Streamed, 1, model, &work());
         // A layer less is loaded besides.
         let layer = plain.layer_loaded[0];
         assert!(peak(&thorough) + layer >= peak(&plain) + (1 << 30) + 9 * 1000 * plain.hidden_row);
@@ -370,16 +411,17 @@ mod tests {
 
     #[test]
     fn a_directory_takes_hidden_states_where_memory_does_not() {
-        let thorough = crate::planner::ModelCost { statistics: Some(1 << 20), hidden_row: 4096, ..model(4) };
+        let thorough = ModelCost { statistics: Some(1 << 20), hidden_row: 4096, ..model(4) };
         let (without, with) = (work(), Work { spills: true, ..work() });
         let slice = thorough.slice(1..3);
-        let peak = |mode, work| slice.peak_memory(mode, 10, &thorough, work);
+        let here = node(0, 0, 1e9);
+        let peak = |mode, work| slice.peak_memory(&here, mode, 10, &thorough, work);
         let all = without.tokens * thorough.hidden_row;
         let in_flight = IN_FLIGHT * without.micro_batch_tokens * thorough.hidden_row;
         assert_eq!(peak(Mode::Streamed, &without), peak(Mode::Spilled, &with) - in_flight + 2 * all);
         assert_eq!(peak(Mode::Streamed, &with), peak(Mode::Spilled, &with) + all);
         let mode = |memory, work| slice.mode(&node(0, memory, 1e9), 10, &thorough, work);
-        let least = slice.least_memory(&thorough, &with);
+        let least = slice.least_memory(&here, &thorough, &with);
         assert_eq!(mode(least, &with), Some(Mode::Spilled));
         assert_eq!(mode(least, &without), None);
         assert_eq!(mode(least - 1, &with), None);
@@ -392,7 +434,8 @@ mod tests {
     #[test]
     fn streaming_holds_a_few_layers_whatever_the_slice() {
         let model = model(100);
-        let streamed = |range| model.slice(range).peak_memory(Mode::Streamed, 2, &model, &work());
+        let here = node(0, 0, 1e9);
+        let streamed = |range| model.slice(range).peak_memory(&here, Mode::Streamed, 2, &model, &work());
         assert_eq!(streamed(1..3), streamed(1..90));
     }
 
@@ -416,7 +459,7 @@ mod tests {
         let (once, again) =
             (seconds(&fast, 1..5, Mode::Resident, 1), seconds(&fast, 1..5, Mode::Streamed, 1));
         assert!(again > 6.0 * once, "{again} {once}");
-        let cached = Node { cache: 1 << 30, ..fast };
+        let cached = Node { host_memory: 1 << 30, ..fast };
         assert!(seconds(&cached, 1..5, Mode::Streamed, 1) < 0.5 * again);
     }
 }

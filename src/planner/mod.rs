@@ -6,6 +6,7 @@
 mod assumed;
 mod cost;
 mod orders;
+mod remedies;
 mod simulate;
 mod split;
 mod steady;
@@ -34,9 +35,9 @@ pub struct Node {
     pub host_id: usize,
     /// Bytes that this rank may use where it computes.
     pub memory: u64,
-    /// Bytes of host memory beside `memory` that keep files which were read once; none where `memory` is
-    /// the host's own.
-    pub cache: u64,
+    /// Bytes of host memory beside `memory`, for files that were read once and for hidden states; none where `memory`
+    /// is the host's own.
+    pub host_memory: u64,
     /// Rate of the forward pass in FLOP/s.
     pub flops: f64,
     /// Rate of the forward pass with statistics in FLOP/s.
@@ -54,6 +55,11 @@ pub struct Node {
 }
 
 impl Node {
+    /// Whether this is a card with memory of its own.
+    fn is_apart(&self) -> bool {
+        self.host_memory > 0
+    }
+
     /// How much slower this rank is when at most so many ranks of the job compute at once.
     fn slowed(&self, at_once: usize) -> f64 {
         let share = self.company.min(at_once) as f64 / self.company as f64;
@@ -133,7 +139,10 @@ pub fn plan(nodes: &[Node], model: &ModelCost, work: &Work, counts: Option<&[usi
     let planner = Planner { nodes: steady::steady(nodes), model, work };
     match counts {
         Some(counts) => planner.given(checked_counts(counts, nodes.len(), layers)?),
-        None => planner.fastest().map(|found| planner.finished(found)),
+        None => match planner.fastest() {
+            Some(found) => Ok(planner.finished(found)),
+            None => Err(planner.too_small()),
+        },
     }
 }
 
@@ -160,6 +169,16 @@ fn checked_counts(counts: &[usize], ranks: usize, layers: usize) -> Result<&[usi
     Ok(counts)
 }
 
+/// Slices of these sizes by rank index, in rank order.
+fn in_rank_order(counts: &[usize]) -> Vec<(usize, Range<usize>)> {
+    let mut first = 0;
+    let slice = |(index, count): (usize, &usize)| {
+        first += count;
+        (index, first - count..first)
+    };
+    counts.iter().enumerate().map(slice).collect()
+}
+
 /// The size of a search over all orders of ranks beyond which rank order is taken as given: enough for ten
 /// ranks that all differ, or for 64 ranks of three kinds.
 const MOST_STEPS: usize = 20_000_000;
@@ -183,14 +202,14 @@ struct Found {
 }
 
 impl Planner<'_> {
-    fn fastest(&self) -> Result<Found> {
+    fn fastest(&self) -> Option<Found> {
         let slices: Vec<Slice> =
             slices(self.model.layers(), self.nodes.len()).map(|range| self.model.slice(range)).collect();
-        let Some(any) = self.fastest_of(&slices, false) else { return Err(self.too_small()) };
+        let any = self.fastest_of(&slices, false)?;
         let once = self
             .fastest_of(&slices, true)
             .filter(|once| once.wall * READING_ONCE.1 <= self.wall_in(&any, once.group) * READING_ONCE.0);
-        Ok(once.unwrap_or(any))
+        Some(once.unwrap_or(any))
     }
 
     /// The fastest plan, or the fastest that reads every weight `once`.
@@ -201,19 +220,6 @@ impl Planner<'_> {
             best = self.fastest_in(group, slices, once, beat).or(best);
         }
         best
-    }
-
-    fn too_small(&self) -> Error {
-        let smallest = self.nodes.iter().min_by_key(|node| node.memory).expect("a job has ranks");
-        let one = |layer| self.least_memory(&self.model.slice(layer..layer + 1));
-        Error::plan(format!(
-            "no split fits: rank {} ({}) may use {}, one layer needs up to {}",
-            smallest.rank,
-            smallest.host,
-            crate::units::binary(smallest.memory),
-            crate::units::binary((0..self.model.layers()).map(one).max().unwrap_or(0)),
-        ))
-        .fix("leave this rank out, raise --memory-per-rank or shorten --calib-max-tokens")
     }
 
     /// The fastest plan with groups of one size, if it takes less than `beat`.
@@ -251,27 +257,9 @@ impl Planner<'_> {
 
     /// The plan with these layers by rank, in rank order.
     fn given(&self, counts: &[usize]) -> Result<Plan> {
-        let mut first = 0;
-        let stages: Vec<(usize, Range<usize>)> = (counts.iter().enumerate())
-            .map(|(index, count)| {
-                first += count;
-                (index, first - count..first)
-            })
-            .collect();
-        for (index, layers) in &stages {
-            let (node, needed) = (&self.nodes[*index], self.least_memory(&self.model.slice(layers.clone())));
-            if needed > node.memory {
-                return Err(Error::plan(format!(
-                    "rank {} ({}) needs {} for layers {}..{} and may use {}",
-                    node.rank,
-                    node.host,
-                    crate::units::binary(needed),
-                    layers.start,
-                    layers.end,
-                    crate::units::binary(node.memory),
-                ))
-                .fix("raise --memory-per-rank, shorten --calib-max-tokens, or leave this rank out"));
-            }
+        let stages = in_rank_order(counts);
+        if let Some((index, layers)) = stages.iter().find(|(index, layers)| !self.fits(*index, layers)) {
+            return Err(self.has_no_room(*index, layers, counts));
         }
         let mut best: Option<Found> = None;
         for group in self.work.group_sizes() {
@@ -316,9 +304,9 @@ impl Planner<'_> {
         if one_sweep { self.work.groups(group) } else { usize::MAX }
     }
 
-    /// What a rank must have for a slice at the very least.
-    fn least_memory(&self, slice: &Slice) -> u64 {
-        slice.least_memory(self.model, self.work)
+    /// Whether a rank has room for these layers, be it one micro-batch at a time.
+    fn fits(&self, index: usize, layers: &Range<usize>) -> bool {
+        self.model.slice(layers.clone()).mode(&self.nodes[index], 1, self.model, self.work).is_some()
     }
 
     /// The wall time of `found`, multiplied by the number of groups of another size.
@@ -355,7 +343,7 @@ impl Planner<'_> {
             group,
             bytes_read: slice.source,
             bytes_written: slice.output,
-            peak_memory: slice.peak_memory(mode, group, model, work),
+            peak_memory: slice.peak_memory(node, mode, group, model, work),
             memory: node.memory,
             seconds: times.busy,
             wait: times.wait,
