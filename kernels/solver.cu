@@ -3,9 +3,37 @@
 
 #define TILE 64
 
-extern "C" __global__ void widen_bf16(const u16 *x, u64 n, float *out) {
+// A matrix is f32, or `brief`: BF16 values that are exact up to a factor for the whole matrix.
+__device__ __forceinline__ float at(const void *x, int brief, u64 i) {
+    return brief ? __uint_as_float((u32)((const u16 *)x)[i] << 16) : ((const float *)x)[i];
+}
+
+struct __align__(16) Sixteen {
+    u16 at[16];
+};
+
+// The upper 16 bits of a value that has no others.
+__device__ __forceinline__ u16 shortened(float x) { return (u16)(__float_as_uint(x) >> 16); }
+
+extern "C" __global__ void widen(const u16 *x, float factor, u64 n, float *out) {
     u64 i = thread_of_grid();
-    if (i < n) out[i] = __uint_as_float((u32)x[i] << 16);
+    if (i < n) out[i] = at(x, 1, i) * factor;
+}
+
+// Copies what is below the diagonal to its place above it, a tile of 32 x 32 a block of 32 x 8 threads.
+extern "C" __global__ void mirror(float *x, int n) {
+    __shared__ float tile[32][33];
+    int down = blockIdx.x * 32, across = blockIdx.y * 32;
+    if (across > down) return;
+    for (int i = threadIdx.y; i < 32; i += 8) {
+        int row = down + i, column = across + threadIdx.x;
+        if (row < n && column < n) tile[i][threadIdx.x] = x[(u64)row * n + column];
+    }
+    __syncthreads();
+    for (int i = threadIdx.y; i < 32; i += 8) {
+        int row = across + i, column = down + threadIdx.x;
+        if (row < n && column < n && column > row) x[(u64)row * n + column] = tile[threadIdx.x][i];
+    }
 }
 
 // out[i][j] = x[i][j] * (rows[i] * columns[j]); a missing factor is 1. `out` may be `x`.
@@ -16,9 +44,31 @@ extern "C" __global__ void scale(const float *x, u64 n, int cols, const float *r
     out[i] = x[i] * (columns ? factor * columns[i % cols] : factor);
 }
 
-extern "C" __global__ void divide(const float *x, u64 n, int cols, const float *by, float *out) {
+extern "C" __global__ void divide(const void *x, int brief, float factor, u64 n, int cols, const float *by, float *out) {
     u64 i = thread_of_grid();
-    if (i < n) out[i] = x[i] / by[i % cols];
+    if (i < n) out[i] = at(x, brief, i) * factor / by[i % cols];
+}
+
+// Inputs as engines see them, times the divisor: x[i][j] * factors[j], quantized in blocks of 16 as quantize_input does,
+// one thread a block. A code times its scale has six significant bits, so BF16 holds it exactly.
+extern "C" __global__ void serve(const void *x, int brief, float factor, u64 blocks, int cols, const float *factors,
+                                 float divisor, u16 *out) {
+    u64 block = thread_of_grid();
+    if (block >= blocks) return;
+    const float *by = factors + block % (cols / 16) * 16;
+    float value[16], top = 0;
+    for (int i = 0; i < 16; i++) {
+        value[i] = at(x, brief, block * 16 + i) * factor * by[i];
+        top = fmaxf(top, fabsf(value[i]));
+    }
+    float scale = e4m3_value(e4m3(fminf(divisor * (top * (1.0f / 6.0f)), 448.0f)));
+    const float magnitudes[8] = {0.0f, 0.5f, 1.0f, 1.5f, 2.0f, 3.0f, 4.0f, 6.0f};
+    float step = scale / divisor;
+    for (int i = 0; i < 16; i++) {
+        u32 code = scale == 0 ? 0 : e2m1(value[i] / step);
+        float served = magnitudes[code & 7] * scale;
+        out[block * 16 + i] = shortened(code & 8 ? -served : served);
+    }
 }
 
 extern "C" __global__ void diagonal(const float *x, int n, float *out) {
@@ -27,7 +77,8 @@ extern "C" __global__ void diagonal(const float *x, int n, float *out) {
 }
 
 // Maxima and sums of squares by column; gridDim.y parts of the rows, whose sums the host adds in order.
-extern "C" __global__ void columns(const float *x, int rows, int cols, u32 *amax, double *squares) {
+extern "C" __global__ void columns(const void *x, int brief, float factor, int rows, int cols, u32 *amax,
+                                   double *squares) {
     int column = blockIdx.x * blockDim.x + threadIdx.x;
     if (column >= cols) return;
     int part = (rows + gridDim.y - 1) / gridDim.y, first = blockIdx.y * part;
@@ -35,7 +86,7 @@ extern "C" __global__ void columns(const float *x, int rows, int cols, u32 *amax
     float top = 0;
     double sum = 0;
     for (int row = first; row < last; row++) {
-        float value = x[(u64)row * cols + column];
+        float value = at(x, brief, (u64)row * cols + column) * factor;
         top = fmaxf(top, fabsf(value));
         sum += (double)value * value;
     }
@@ -44,12 +95,14 @@ extern "C" __global__ void columns(const float *x, int rows, int cols, u32 *amax
 }
 
 // sums[2 * block] and the next: this block's share of |a - b|^2 and |b|^2.
-extern "C" __global__ void distance(const float *a, const float *b, u64 n, double *sums) {
+extern "C" __global__ void distance(const void *a, int a_brief, float a_factor, const void *b, int b_brief,
+                                    float b_factor, u64 n, double *sums) {
     __shared__ double error[256], norm[256];
     double e = 0, s = 0;
     u64 stride = (u64)gridDim.x * blockDim.x;
     for (u64 i = thread_of_grid(); i < n; i += stride) {
-        double difference = a[i] - b[i], value = b[i];
+        float value_of_b = at(b, b_brief, i) * b_factor;
+        double difference = at(a, a_brief, i) * a_factor - value_of_b, value = value_of_b;
         e += difference * difference;
         s += value * value;
     }
@@ -82,14 +135,16 @@ __device__ __forceinline__ float nearest(float x) {
     return copysignf(m, x);
 }
 
-// One thread a block of 16.
-extern "C" __global__ void dequantize(const u64 *codes, const u8 *scales, u64 blocks, float global, float *out) {
+// What codes stand for, over the global scale: six significant bits, which BF16 holds exactly. One thread a block of 16.
+extern "C" __global__ void dequantize(const u64 *codes, const u8 *scales, u64 blocks, u16 *out) {
     u64 block = (u64)blockIdx.x * blockDim.x + threadIdx.x;
     if (block >= blocks) return;
-    float step = e4m3_value(scales[block]) * global;
+    float scale = e4m3_value(scales[block]);
     u64 packed = codes[block];
+    Sixteen values;
 #pragma unroll
-    for (int i = 0; i < 16; i++) out[block * 16 + i] = e2m1_value((u32)(packed >> (4 * i)) & 15) * step;
+    for (int i = 0; i < 16; i++) values.at[i] = shortened(e2m1_value((u32)(packed >> (4 * i)) & 15) * scale);
+    ((Sixteen *)out)[block] = values;
 }
 
 // A tree, as on the CPU.
@@ -163,7 +218,8 @@ extern "C" __global__ void quantize_searched(const float *w, const float *import
 // The lower triangle of h + lambda * I, rows and columns in order, and zeros above it: products over whole stripes of
 // the factor read them.
 extern "C" __global__ void damped(const float *h, const u32 *order, int n, float lambda, float *out) {
-    int column = blockIdx.x * blockDim.x + threadIdx.x, row = blockIdx.y;
+    // A grid may have more blocks in its first dimension than in the others.
+    int column = blockIdx.y * blockDim.x + threadIdx.x, row = blockIdx.x;
     if (column >= n) return;
     float x = column > row ? 0.0f : h[(u64)order[row] * n + order[column]];
     out[(u64)row * n + column] = row == column ? x + lambda : x;

@@ -251,15 +251,19 @@ struct Sums(usize, usize);
 impl Operation for Sums {
     fn on<B: Solver>(&self, b: &B) -> Vec<f32> {
         let (mut r, &Sums(rows, cols)) = (Random(12), self);
-        let mut sums = b.sums(cols, true).unwrap();
+        let mut sums = b.sums(cols, true, [2 * rows, 0]).unwrap();
+        let last = b.index(&[rows as u32 - 1]).unwrap();
         for _ in 0..2 {
             let x = upload(b, rows, cols, &r.values(rows * cols));
             b.add_channels(&x, &mut sums).unwrap();
             b.add_products(&x, &mut sums).unwrap();
+            b.add_rows(&x, &last, 0, &mut sums).unwrap();
         }
         let channels = b.read_channels(&sums).unwrap();
         assert!(channels.amax.iter().all(|&amax| amax > 0.0 && amax <= 2.0));
-        [channels.squares, b.read(&b.products(sums).unwrap().unwrap()).unwrap()].concat()
+        let gathered = b.gathered(sums).unwrap();
+        let products = b.read(&gathered.products.unwrap()).unwrap();
+        [channels.squares, products, b.read(&gathered.rows[0]).unwrap()].concat()
     }
 }
 
@@ -372,10 +376,10 @@ fn gptq<B: Solver>(b: &B, rows: usize, n: usize) -> (Vec<u8>, f64) {
         (1..n).for_each(|i| row[i] = 0.6 * row[i - 1] + row[i] * if i % 11 == 0 { 3.0 } else { 1.0 });
     }
     let x = b.matrix(x, n).unwrap();
-    let mut sums = b.sums(n, true).unwrap();
+    let mut sums = b.sums(n, true, [0, 0]).unwrap();
     let inputs = upload(b, 3 * n, n, &b.read(&x).unwrap());
     b.add_products(&inputs, &mut sums).unwrap();
-    let h = b.products(sums).unwrap().unwrap();
+    let h = b.gathered(sums).unwrap().products.unwrap();
     let mean = b.diagonal(&h).unwrap().iter().sum::<f32>() / n as f32;
     let order: Vec<u32> = (0..n as u32 / 16).rev().flat_map(|block| block * 16..block * 16 + 16).collect();
     let factor = b.factor(&h, &order, 0.05 * mean).unwrap().expect("the Hessian is positive definite");

@@ -14,7 +14,7 @@ mod device;
 mod solver;
 
 pub use device::{Device, DeviceChoice, OnBackend};
-pub use solver::{Columns, Solver, relative};
+pub use solver::{Columns, Gathered, Solver, relative};
 
 use std::fmt;
 
@@ -180,8 +180,17 @@ pub trait Backend: Send + Sync {
     /// Reads all maxima.
     fn read_amax(&self, amax: &Self::Amax) -> Result<Vec<f32>>;
 
-    /// Empty sums for inputs of `cols` features, with products where `products`.
-    fn sums(&self, cols: usize, products: bool) -> Result<Self::Sums>;
+    /// Empty sums for inputs of `cols` features, with products where `products`, and room for so many rows of two roles
+    /// that are kept whole.
+    fn sums(&self, cols: usize, products: bool, sampled: [usize; 2]) -> Result<Self::Sums>;
+    /// Keeps `rows` of `x` whole, behind those of the same role that were kept before.
+    fn add_rows(
+        &self,
+        x: &Self::Tensor,
+        rows: &Self::Index,
+        role: usize,
+        sums: &mut Self::Sums,
+    ) -> Result<()>;
     /// Adds `x` to the sums by channel.
     fn add_channels(&self, x: &Self::Tensor, sums: &mut Self::Sums) -> Result<()>;
     /// Adds `xᵀ · x` to the products, in f32. The order of the additions is that of the calls and, inside a

@@ -20,6 +20,14 @@ pub fn relative(error: f64, norm: f64) -> f64 {
     if ratio.is_finite() { ratio } else { f64::MAX }
 }
 
+/// What was gathered of a site's inputs besides sums by channel.
+pub struct Gathered<M> {
+    /// `Σ xᵀ·x`, where it was asked for.
+    pub products: Option<M>,
+    /// Rows that were kept whole, by role.
+    pub rows: [M; 2],
+}
+
 /// Operations on f32 matrices, for [`crate::methods`]. They run beside the forward pass and one after another.
 ///
 /// The order of every sum is fixed, so a device gives the same bits every time. Rounding is that of
@@ -32,8 +40,8 @@ pub trait Solver: Backend {
     /// The factor of a damped Hessian.
     type Factor;
 
-    /// The products of finished sums, where there are any.
-    fn products(&self, sums: Self::Sums) -> Result<Option<Self::Matrix>>;
+    /// What finished sums hold besides those by channel.
+    fn gathered(&self, sums: Self::Sums) -> Result<Gathered<Self::Matrix>>;
     /// A weight in f32.
     fn widen(&self, weight: &Self::Tensor) -> Result<Self::Matrix>;
     /// Rows of `cols` elements.

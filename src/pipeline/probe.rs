@@ -7,7 +7,7 @@ use half::bf16;
 use safetensors::Dtype;
 
 use super::operations::{operations, pairs, weights};
-use crate::backend::{Backend, Compute, OnBackend, Solver};
+use crate::backend::{Backend, Channels, Compute, Gathered, OnBackend, Solver};
 use crate::calibration::Sampling;
 use crate::checkpoint::SourceTensor;
 use crate::error::Result;
@@ -201,7 +201,9 @@ impl<'a, B: Solver> Sample<'a, B> {
 
     fn sums(&self, method: Method) -> Result<Vec<(B::Sums, bool)>> {
         let products = method.needs_products();
-        let sums = |site| Ok((self.backend.sums(self.model.site_features(site), products)?, products));
+        let sampled = [self.batch.tokens.min(Sampling::ROWS); 2];
+        let sums =
+            |site| Ok((self.backend.sums(self.model.site_features(site), products, sampled)?, products));
         Site::ALL.into_iter().map(sums).collect()
     }
 
@@ -209,28 +211,19 @@ impl<'a, B: Solver> Sample<'a, B> {
     fn solve(&mut self, probe: &Probe<'_>) -> Result<f64> {
         let (backend, model) = (self.backend, self.model);
         let mut sums = self.sums(probe.method)?;
-        let mut rows = [vec![], vec![], vec![], vec![]];
         let sampled: Vec<u32> = (0..self.batch.tokens.min(Sampling::ROWS) as u32).collect();
         let index = backend.index(&sampled)?;
         self.pass(&mut |site, x| {
             add(backend, x, &mut sums[site as usize])?;
-            let mut some = backend.activation(sampled.len(), model.site_features(site))?;
-            backend.embed(x, &index, &mut some)?;
-            rows[site as usize] = backend.values(&some)?;
-            Ok(())
+            (0..2).try_for_each(|role| backend.add_rows(x, &index, role, &mut sums[site as usize].0))
         })?;
         let mut statistics = Vec::new();
-        for ((sums, _), rows) in sums.into_iter().zip(rows) {
+        for (sums, _) in sums {
             let channels = backend.read_channels(&sums)?;
-            let cols = channels.amax.len();
-            let held_out = probe.method.guard.then(|| backend.matrix(rows.clone(), cols)).transpose()?;
-            statistics.push(SiteStatistics {
-                products: backend.products(sums)?,
-                fit: backend.matrix(rows, cols)?,
-                held_out,
-                amax: channels.amax,
-                squares: channels.squares,
-            });
+            let Gathered { products, rows: [fit, judge] } = backend.gathered(sums)?;
+            let held_out = probe.method.guard.then_some(judge);
+            let Channels { amax, squares } = channels;
+            statistics.push(SiteStatistics { products, fit, held_out, amax, squares });
         }
         let Ok(mut statistics) = <[_; 4]>::try_from(statistics) else { unreachable!("there are four sites") };
         let read = |site: Site| {

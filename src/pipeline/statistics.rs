@@ -1,7 +1,7 @@
 //! What methods need to know of a layer's inputs, summed up and sampled while micro-batches pass.
 
 use super::job::Job;
-use crate::backend::{Channels, Solver};
+use crate::backend::{Channels, Gathered, Solver};
 use crate::error::Result;
 use crate::methods::SiteStatistics;
 use crate::model::{ModelConfig, Site};
@@ -21,17 +21,13 @@ pub struct Gathering<'a, B: Solver> {
     backend: &'a B,
     products: bool,
     roles: Vec<Roles<B::Index>>,
+    /// Rows that are sampled to choose and to judge with.
+    sampled: [usize; 2],
 }
 
-/// The statistics of one layer, in the making.
+/// The statistics of one layer by site, in the making.
 pub struct LayerSums<B: Solver> {
-    sites: [SiteSums<B>; 4],
-}
-
-struct SiteSums<B: Solver> {
-    sums: B::Sums,
-    fit: Vec<f32>,
-    held_out: Vec<f32>,
+    sites: [B::Sums; 4],
 }
 
 impl<'a, B: Solver> Gathering<'a, B> {
@@ -64,15 +60,13 @@ impl<'a, B: Solver> Gathering<'a, B> {
             });
             first += tokens;
         }
-        Ok(Gathering { backend, products: job.method.needs_products(), roles })
+        let sampled = [job.sampling.fit.len(), job.sampling.judge.len()];
+        Ok(Gathering { backend, products: job.method.needs_products(), roles, sampled })
     }
 
     /// Empty statistics for one layer.
     pub fn layer(&self, model: &ModelConfig) -> Result<LayerSums<B>> {
-        let site = |site: Site| {
-            let sums = self.backend.sums(model.site_features(site), self.products)?;
-            Ok(SiteSums { sums, fit: vec![], held_out: vec![] })
-        };
+        let site = |site: Site| self.backend.sums(model.site_features(site), self.products, self.sampled);
         let [a, b, c, d] = Site::ALL;
         Ok(LayerSums { sites: [site(a)?, site(b)?, site(c)?, site(d)?] })
     }
@@ -88,17 +82,17 @@ impl<'a, B: Solver> Gathering<'a, B> {
     ) -> Result<()> {
         let roles = &self.roles[number];
         let sums = &mut layer.sites[site as usize];
-        self.backend.add_channels(x, &mut sums.sums)?;
+        self.backend.add_channels(x, sums)?;
         if self.products {
             match &roles.fit {
-                None => self.backend.add_products(x, &mut sums.sums)?,
+                None => self.backend.add_products(x, sums)?,
                 Some((_, 0)) => {}
-                Some(rows) => self.backend.add_products(&self.rows(x, rows, cols)?, &mut sums.sums)?,
+                Some(rows) => self.backend.add_products(&self.rows(x, rows, cols)?, sums)?,
             }
         }
-        for (rows, to) in [(&roles.sample, &mut sums.fit), (&roles.judge, &mut sums.held_out)] {
-            if let Some(rows) = rows {
-                to.extend(self.backend.values(&self.rows(x, rows, cols)?)?);
+        for (role, rows) in [&roles.sample, &roles.judge].into_iter().enumerate() {
+            if let Some((rows, _)) = rows {
+                self.backend.add_rows(x, rows, role, sums)?;
             }
         }
         Ok(())
@@ -106,12 +100,11 @@ impl<'a, B: Solver> Gathering<'a, B> {
 
     /// Reads the finished statistics of a layer.
     pub fn finish(&self, layer: LayerSums<B>) -> Result<[SiteStatistics<B::Matrix>; 4]> {
-        let site = |site: SiteSums<B>| -> Result<SiteStatistics<B::Matrix>> {
-            let Channels { amax, squares } = self.backend.read_channels(&site.sums)?;
-            let rows = |values: Vec<f32>| self.backend.matrix(values, amax.len());
-            let fit = rows(site.fit)?;
-            let held_out = if site.held_out.is_empty() { None } else { Some(rows(site.held_out)?) };
-            Ok(SiteStatistics { products: self.backend.products(site.sums)?, fit, held_out, amax, squares })
+        let site = |sums: B::Sums| -> Result<SiteStatistics<B::Matrix>> {
+            let Channels { amax, squares } = self.backend.read_channels(&sums)?;
+            let Gathered { products, rows: [fit, judge] } = self.backend.gathered(sums)?;
+            let held_out = (self.sampled[1] > 0).then_some(judge);
+            Ok(SiteStatistics { products, fit, held_out, amax, squares })
         };
         let [a, b, c, d] = layer.sites;
         Ok([site(a)?, site(b)?, site(c)?, site(d)?])

@@ -95,23 +95,13 @@ impl FromStr for AssumedMachine {
             Some(("gpu", host)) => ("gpu", Some(parse_bytes(host)?)),
             Some(_) => return Err(wrong()),
         };
-<<<<<<< HEAD
         let kind = MachineKind::from_str(kind, false).map_err(|_| wrong())?;
-        Ok(AssumedMachine { memory: parse_bytes(memory)?, kind, host })
-=======
-        let kind = match kind {
-            "uma" => MachineKind::Uma,
-            "gpu" => MachineKind::Gpu,
-            "cpu" => MachineKind::Cpu,
-            _ => return Err(wrong()),
-        };
         let memory = parse_bytes(memory)?;
         let host = match (kind, host) {
             (MachineKind::Gpu, None) => memory,
             (_, host) => host.unwrap_or(0),
         };
         Ok(AssumedMachine { memory, kind, host })
->>>>>>> 7f7abd0 (Hidden states that a card has no room for are in its host's memory; a plan that does not fit says what would)
     }
 }
 

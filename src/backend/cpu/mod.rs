@@ -335,8 +335,20 @@ impl Backend for Cpu {
         Ok(amax.clone())
     }
 
-    fn sums(&self, cols: usize, products: bool) -> Result<Sums> {
+    fn sums(&self, cols: usize, products: bool, _: [usize; 2]) -> Result<Sums> {
         Ok(sums::empty(cols, products))
+    }
+
+    fn add_rows(&self, x: &Tensor, rows: &Vec<u32>, role: usize, sums: &mut Sums) -> Result<()> {
+        let to = &mut sums.rows[role];
+        for &row in rows {
+            let at = row as usize * x.cols..(row as usize + 1) * x.cols;
+            match x.view() {
+                View::Bf16(x) => to.extend(x[at].iter().map(|x| x.get())),
+                View::F32(x) => to.extend_from_slice(&x[at]),
+            }
+        }
+        Ok(())
     }
 
     fn add_channels(&self, x: &Tensor, sums: &mut Sums) -> Result<()> {

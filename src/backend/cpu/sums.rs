@@ -17,6 +17,8 @@ pub struct Sums {
     pub squares: Vec<f32>,
     /// `Σ xᵀ·x`, or nothing.
     pub products: Vec<f32>,
+    /// Rows that are kept whole, by role.
+    pub rows: [Vec<f32>; 2],
 }
 
 /// Nothing seen yet.
@@ -25,6 +27,7 @@ pub fn empty(cols: usize, products: bool) -> Sums {
         amax: vec![0.0; cols],
         squares: vec![0.0; cols],
         products: vec![0.0; if products { cols * cols } else { 0 }],
+        rows: [vec![], vec![]],
     }
 }
 

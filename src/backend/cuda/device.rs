@@ -5,14 +5,13 @@ use std::ffi::c_void;
 use std::sync::{Arc, Mutex, OnceLock};
 
 use cudarc::cublas::{CudaBlas, result as cublas, sys as cublas_sys};
-use cudarc::driver::{
-    CudaContext, CudaFunction, CudaSlice, CudaStream, CudaView, DevicePtr, DeviceRepr, DriverError, sys,
-};
+use cudarc::driver::{CudaContext, CudaSlice, CudaStream, CudaView, DevicePtr, DeviceRepr, DriverError, sys};
 
 use super::Tensor;
-use super::kernels::{self, Kernels};
+use super::kernels::{self, Attention, Kernels};
 use super::lane::Lane;
 use super::solver::Solving;
+use super::staging::Staging;
 use crate::backend::Compute;
 use crate::error::{Error, Result};
 use crate::threads;
@@ -41,7 +40,11 @@ pub struct Cuda {
     codes: Lane,
     pub(super) rounding: Mutex<Rounding>,
     pub(super) blas: CudaBlas,
-    attention: Mutex<HashMap<usize, CudaFunction>>,
+    attention: Mutex<HashMap<usize, Attention>>,
+    /// The card's architecture, as the compiler names it.
+    pub(super) architecture: String,
+    /// Short lists for the finishing stream.
+    pub(super) staging: Staging,
     pub(super) solving: OnceLock<Solving>,
     name: String,
 }
@@ -80,18 +83,23 @@ fn keep_freed_memory(context: &CudaContext) -> std::result::Result<(), DriverErr
     }
 }
 
-/// Bytes that the pool holds, in use or not.
-fn reserved(context: &CudaContext) -> std::result::Result<u64, DriverError> {
+/// Bytes of the pool, by one of its counters.
+fn pooled(context: &CudaContext, counter: sys::CUmemPool_attribute) -> std::result::Result<u64, DriverError> {
     let mut bytes = 0u64;
-    // SAFETY: as above.
+    // SAFETY: the counters asked for here are u64.
     unsafe {
-        cudarc::driver::result::mem_pool::get_attribute(
-            pool(context)?,
-            sys::CUmemPool_attribute::CU_MEMPOOL_ATTR_RESERVED_MEM_CURRENT,
-            (&raw mut bytes).cast(),
-        )?;
-    }
+        cudarc::driver::result::mem_pool::get_attribute(pool(context)?, counter, (&raw mut bytes).cast())?
+    };
     Ok(bytes)
+}
+
+/// Shapes that don't fit each other are refused before anything is asked of the card.
+pub(super) fn fit(operation: &str, fits: bool, shapes: &dyn std::fmt::Debug) -> Result<()> {
+    if fits {
+        return Ok(());
+    }
+    Err(Error::run(format!("{operation}: the shapes {shapes:?} do not fit each other"))
+        .fix("use the config.json that belongs to the weights"))
 }
 
 /// How many GPUs there are: 0 where the driver is missing as well.
@@ -101,6 +109,18 @@ pub fn available() -> usize {
         return 0;
     }
     CudaContext::device_count().unwrap_or(0).max(0) as usize
+}
+
+/// The GPUs that this process sees, in the driver's order, by names that are the same in every process.
+pub fn visible() -> Vec<String> {
+    let name = |ordinal: usize| {
+        let device = cudarc::driver::result::device::get(ordinal as i32)?;
+        let id = cudarc::driver::result::device::get_uuid(device)?;
+        Ok::<_, DriverError>(id.bytes.iter().map(|byte| format!("{:02x}", *byte as u8)).collect())
+    };
+    // One that can't be asked is nobody else's.
+    let unknown = |ordinal: usize| format!("process {} GPU {ordinal}", std::process::id());
+    (0..available()).map(|ordinal| name(ordinal).unwrap_or_else(|_| unknown(ordinal))).collect()
 }
 
 impl Cuda {
@@ -134,7 +154,8 @@ impl Cuda {
         }
         // Compiling needs no context, so it goes on beside the rest.
         let architecture = format!("{major}{minor}");
-        let compiling = threads::spawn("nvrtc", move || kernels::elementwise(compute, &architecture))?;
+        let for_it = architecture.clone();
+        let compiling = threads::spawn("nvrtc", move || kernels::elementwise(compute, &for_it))?;
         let stream = context.new_stream().map_err(open)?;
         // A finished layer's few kernels go before the next layer's many: behind them, the next but one would wait.
         let (_, highest) = cudarc::driver::result::stream::get_priority_range().map_err(open)?;
@@ -158,6 +179,8 @@ impl Cuda {
             arrivals: new_lane()?,
             departures: new_lane()?,
             codes: lane(finishing.clone())?,
+            staging: Staging::new(finishing.clone()).map_err(open)?,
+            architecture,
             rounding,
             processors,
             blas,
@@ -176,6 +199,11 @@ impl Cuda {
     /// Bytes that are free on the card now.
     pub fn free_memory(&self) -> u64 {
         self.context.mem_get_info().map_or(0, |(free, _)| free as u64)
+    }
+
+    /// The most bytes of the card that matrices and lists have held at a time.
+    pub fn peak_memory(&self) -> u64 {
+        pooled(&self.context, sys::CUmemPool_attribute::CU_MEMPOOL_ATTR_USED_MEM_HIGH).unwrap_or(0)
     }
 
     /// Whether the GPU computes in the host's memory.
@@ -204,6 +232,8 @@ impl Cuda {
 
     /// `out = x · wᵀ`. cuBLAS thinks in columns: `outᵀ = w · xᵀ`, where our rows are its columns.
     pub(super) fn product(&self, x: &Tensor, w: &Tensor, out: &mut Tensor) -> Result<()> {
+        let shapes = ((x.rows, x.cols), (w.rows, w.cols), (out.rows, out.cols));
+        fit("linear", x.cols == w.cols && shapes.2 == (x.rows, w.rows), &shapes)?;
         let (m, n, k) = (x.rows as i32, w.rows as i32, x.cols as i32);
         if m == 0 {
             return Ok(());
@@ -244,7 +274,7 @@ impl Cuda {
     }
 
     /// The attention kernel for heads of `dim` features, compiled when first asked for.
-    pub(super) fn attention_kernel(&self, dim: usize) -> Result<CudaFunction> {
+    pub(super) fn attention_kernel(&self, dim: usize) -> Result<Attention> {
         if dim > 256 {
             return Err(Error::run(format!("heads of {dim} features do not fit the GPU's attention kernel"))
                 .fix("use --device cpu"));
@@ -253,7 +283,7 @@ impl Cuda {
         if let Some(kernel) = known.get(&dim) {
             return Ok(kernel.clone());
         }
-        let kernel = kernels::attention(&self.context, self.compute, dim)?;
+        let kernel = kernels::attention(&self.context, &self.architecture, self.compute, dim)?;
         known.insert(dim, kernel.clone());
         Ok(kernel)
     }
@@ -270,7 +300,8 @@ impl Cuda {
         let out_of_memory = error.0 == sys::CUresult::CUDA_ERROR_OUT_OF_MEMORY;
         let error = Error::run(format!("{}: can't {what}: {error}", self.name));
         if out_of_memory {
-            let fits = self.free_memory() + reserved(&self.context).unwrap_or(0);
+            let reserved = sys::CUmemPool_attribute::CU_MEMPOOL_ATTR_RESERVED_MEM_CURRENT;
+            let fits = self.free_memory() + pooled(&self.context, reserved).unwrap_or(0);
             // What is between the tensors, and what the driver takes for itself, has no use for them.
             let fits = crate::units::binary(fits / 100 * 95);
             return error.fix(format!(

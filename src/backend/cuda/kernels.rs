@@ -1,9 +1,13 @@
 //! Compiling kernels for the GPU at hand, and launching them.
 
 use std::ffi::CString;
+use std::marker::PhantomData;
 use std::sync::Arc;
 
-use cudarc::driver::{CudaContext, CudaFunction, CudaModule};
+use cudarc::driver::{
+    CudaContext, CudaFunction, CudaModule, CudaStream, DeviceRepr, DriverError, LaunchArgs, LaunchConfig,
+    PushKernelArg,
+};
 use cudarc::nvrtc::{Ptx, result, sys};
 
 use crate::backend::Compute;
@@ -15,41 +19,113 @@ const NVFP4: &str = include_str!("../../../kernels/nvfp4.cu");
 const SOLVER: &str = include_str!("../../../kernels/solver.cu");
 const ATTENTION: &str = include_str!("../../../kernels/attention.cu");
 
-/// The kernels that do not depend on a model.
-pub struct Kernels {
-    pub embed: CudaFunction,
-    pub rms_norm: CudaFunction,
-    pub rope: CudaFunction,
-    pub silu_mul: CudaFunction,
-    pub add: CudaFunction,
-    pub add_bias: CudaFunction,
-    pub amax: CudaFunction,
-    pub quantize: CudaFunction,
-    pub quantize_input: CudaFunction,
-    pub channel_sums: CudaFunction,
+/// A kernel that takes the arguments `A`, a tuple, in the order of its signature.
+pub struct Kernel<A> {
+    function: CudaFunction,
+    arguments: PhantomData<fn(A)>,
 }
 
-impl Kernels {
-    /// Loads what [`elementwise`] compiled.
-    pub fn new(context: &Arc<CudaContext>, binary: Vec<u8>) -> Result<Kernels> {
-        let module = load_binary(context, binary)?;
-        let function = |name: &str| {
-            module
-                .load_function(name)
-                .map_err(|e| Error::run(format!("CUDA: there is no kernel {name}: {e}")))
-        };
-        Ok(Kernels {
-            embed: function("embed")?,
-            rms_norm: function("rms_norm")?,
-            rope: function("rope")?,
-            silu_mul: function("silu_mul")?,
-            add: function("add")?,
-            add_bias: function("add_bias")?,
-            amax: function("amax")?,
-            quantize: function("quantize")?,
-            quantize_input: function("quantize_input")?,
-            channel_sums: function("channel_sums")?,
-        })
+impl<A> Clone for Kernel<A> {
+    fn clone(&self) -> Kernel<A> {
+        Kernel { function: self.function.clone(), arguments: PhantomData }
+    }
+}
+
+impl<A: Arguments> Kernel<A> {
+    fn of(module: &Arc<CudaModule>, name: &str) -> Result<Kernel<A>> {
+        let function = module.load_function(name);
+        let function = function.map_err(|e| Error::run(format!("CUDA: there is no kernel {name}: {e}")))?;
+        Ok(Kernel { function, arguments: PhantomData })
+    }
+
+    /// Starts the kernel on `stream`; a grid without blocks has nothing to do.
+    ///
+    /// # Safety
+    /// Addresses among the arguments are those of memory that the kernel may access as its source says, and that stays
+    /// until `stream` has passed.
+    pub unsafe fn launch(
+        &self,
+        stream: &CudaStream,
+        config: LaunchConfig,
+        arguments: A,
+    ) -> std::result::Result<(), DriverError> {
+        let (x, y, z) = config.grid_dim;
+        if x == 0 || y == 0 || z == 0 {
+            return Ok(());
+        }
+        let mut builder = stream.launch_builder(&self.function);
+        arguments.push(&mut builder);
+        // SAFETY: types and number of the arguments are the kernel's (`signatures_are_those_of_the_sources`); the rest
+        // is the caller's promise.
+        unsafe { builder.launch(config) }.map(|_| ())
+    }
+}
+
+/// Arguments of a kernel.
+pub trait Arguments {
+    /// Hands them over, in order.
+    fn push<'a>(&'a self, builder: &mut LaunchArgs<'a>);
+}
+
+macro_rules! arguments {
+    ($($name:ident)+) => {
+        impl<$($name: DeviceRepr),+> Arguments for ($($name,)+) {
+            #[allow(non_snake_case)]
+            fn push<'a>(&'a self, builder: &mut LaunchArgs<'a>) {
+                let ($($name,)+) = self;
+                $(builder.arg($name);)+
+            }
+        }
+    };
+}
+
+arguments!(A B);
+arguments!(A B C);
+arguments!(A B C D);
+arguments!(A B C D E);
+arguments!(A B C D E F);
+arguments!(A B C D E F G);
+arguments!(A B C D E F G H);
+arguments!(A B C D E F G H I);
+arguments!(A B C D E F G H I J);
+arguments!(A B C D E F G H I J K);
+arguments!(A B C D E F G H I J K L);
+
+/// Declares kernels with the types of their arguments: addresses and `u64` as `u64`, `int` as `i32`, `float` as `f32`.
+macro_rules! kernels {
+    ($(#[$doc:meta])* $set:ident { $($name:ident($($kind:ty),+)),+ $(,)? }) => {
+        $(#[$doc])*
+        pub struct $set {
+            $(pub $name: Kernel<($($kind,)+)>,)+
+        }
+
+        impl $set {
+            /// Loads what was compiled.
+            pub fn new(context: &Arc<CudaContext>, binary: Vec<u8>) -> Result<$set> {
+                let module = load_binary(context, binary)?;
+                Ok($set { $($name: Kernel::of(&module, stringify!($name))?,)+ })
+            }
+
+            #[cfg(test)]
+            const SIGNATURES: &'static [(&'static str, &'static [&'static str])] =
+                &[$((stringify!($name), &[$(stringify!($kind)),+])),+];
+        }
+    };
+}
+
+kernels! {
+    /// The kernels that do not depend on a model.
+    Kernels {
+        embed(u64, u64, i32, u64),
+        rms_norm(u64, u64, i32, f32, u64),
+        rope(u64, u64, u64, u64, i32, i32, u64),
+        silu_mul(u64, u64, u64),
+        add(u64, u64, u64),
+        add_bias(u64, u64, i32, u64),
+        amax(u64, u64, u64),
+        quantize(u64, u64, f32, u64, u64),
+        quantize_input(u64, u64, f32),
+        channel_sums(u64, i32, i32, u64, u64),
     }
 }
 
@@ -58,64 +134,45 @@ pub fn elementwise(compute: Compute, architecture: &str) -> Result<Vec<u8>> {
     compile(&[ELEMENTWISE, NVFP4], compute, architecture, &[]).map(|(binary, _)| binary)
 }
 
-macro_rules! solver_kernels {
-    ($($name:ident),+ $(,)?) => {
-        /// The kernels that choose codes, on f32 matrices.
-        pub struct SolverKernels {
-            $(pub $name: CudaFunction,)+
-        }
-
-        impl SolverKernels {
-            /// Compiles and loads them.
-            pub fn new(context: &Arc<CudaContext>) -> Result<SolverKernels> {
-                let module = load(context, &[NVFP4, SOLVER], Compute::F32, &[])?;
-                let function = |name: &str| {
-                    module
-                        .load_function(name)
-                        .map_err(|e| Error::run(format!("CUDA: there is no kernel {name}: {e}")))
-                };
-                Ok(SolverKernels { $($name: function(stringify!($name))?,)+ })
-            }
-        }
-    };
+/// Compiles the kernels that choose codes.
+pub fn solving(architecture: &str) -> Result<Vec<u8>> {
+    compile(&[NVFP4, SOLVER], Compute::F32, architecture, &[]).map(|(binary, _)| binary)
 }
 
-solver_kernels!(
-    amax,
-    quantize,
-    quantize_input,
-    widen_bf16,
-    scale,
-    divide,
-    diagonal,
-    columns,
-    distance,
-    dequantize,
-    quantize_searched,
-    damped,
-    cholesky_tile,
-    place,
-    round_panel,
-);
+kernels! {
+    /// The kernels that choose codes, on f32 matrices.
+    SolverKernels {
+        amax(u64, u64, u64),
+        quantize(u64, u64, f32, u64, u64),
+        mirror(u64, i32),
+        widen(u64, f32, u64, u64),
+        scale(u64, u64, i32, u64, u64, u64),
+        divide(u64, i32, f32, u64, i32, u64, u64),
+        serve(u64, i32, f32, u64, i32, u64, f32, u64),
+        diagonal(u64, i32, u64),
+        columns(u64, i32, f32, i32, i32, u64, u64),
+        distance(u64, i32, f32, u64, i32, f32, u64, u64),
+        dequantize(u64, u64, u64, u64),
+        quantize_searched(u64, u64, i32, u64, f32, u64, u64),
+        damped(u64, u64, i32, f32, u64),
+        cholesky_tile(u64, i32, i32, i32, u64, u64),
+        place(u64, u64, i32, i32, u64),
+        round_panel(u64, i32, i32, i32, u64, i32, u64, u64, f32, u64, u64, u64),
+    }
+}
+
+/// Queries, keys, values, bounds, heads, key and value heads, scale, window, outputs.
+pub type Attention = Kernel<(u64, u64, u64, u64, i32, i32, f32, i32, u64)>;
 
 /// The attention kernel for heads of `dim` features.
-pub fn attention(context: &Arc<CudaContext>, compute: Compute, dim: usize) -> Result<CudaFunction> {
-    let module = load(context, &[ATTENTION], compute, &[format!("-DHEAD_DIM={dim}")])?;
-    module
-        .load_function("attention")
-        .map_err(|e| Error::run(format!("CUDA: there is no attention kernel: {e}")))
-}
-
-fn load(
+pub fn attention(
     context: &Arc<CudaContext>,
-    sources: &[&str],
+    architecture: &str,
     compute: Compute,
-    defines: &[String],
-) -> Result<Arc<CudaModule>> {
-    let (major, minor) =
-        context.compute_capability().map_err(|e| Error::run(format!("CUDA: can't ask the card: {e}")))?;
-    let (binary, _) = compile(sources, compute, &format!("{major}{minor}"), defines)?;
-    load_binary(context, binary)
+    dim: usize,
+) -> Result<Attention> {
+    let (binary, _) = compile(&[ATTENTION], compute, architecture, &[format!("-DHEAD_DIM={dim}")])?;
+    Kernel::of(&load_binary(context, binary)?, "attention")
 }
 
 fn load_binary(context: &Arc<CudaContext>, binary: Vec<u8>) -> Result<Arc<CudaModule>> {
@@ -180,22 +237,17 @@ unsafe fn machine_code(program: sys::nvrtcProgram) -> Result<Vec<u8>> {
     }
 }
 
-/// Launches a kernel on the forward pass's stream, or `on` another. Arguments are given by value, as in the kernel's signature.
+/// Launches a kernel on the forward pass's stream, or `on` another, with the arguments of its signature.
 macro_rules! launch {
     ($cuda:expr, $kernel:expr, $config:expr, $($arg:expr),+ $(,)?) => {
         launch!(on stream: $cuda, $kernel, $config, $($arg),+)
     };
     (on $stream:ident: $cuda:expr, $kernel:expr, $config:expr, $($arg:expr),+ $(,)?) => {{
-        use cudarc::driver::PushKernelArg;
-        let (cuda, config): (&Cuda, LaunchConfig) = ($cuda, $config);
-        if config.grid_dim.0 == 0 || config.grid_dim.1 == 0 || config.grid_dim.2 == 0 {
-            Ok(())
-        } else {
-            // SAFETY: the arguments are those of the kernel's signature, in order; pointers come from tensors
-            // whose memory is freed on this stream, or on another that waits for this launch (Tensor::used).
-            let launched = unsafe { cuda.$stream.launch_builder($kernel)$(.arg(&$arg))+.launch(config) };
-            launched.map(|_| ()).map_err(|e| cuda.failed("launch a kernel", e))
-        }
+        let cuda: &Cuda = $cuda;
+        // SAFETY: addresses come from tensors whose shapes the operation has checked, and whose memory is freed on this
+        // stream, or on another that waits for this launch (Tensor::used).
+        let launched = unsafe { $kernel.launch(&cuda.$stream, $config, ($($arg,)+)) };
+        launched.map_err(|e| cuda.failed("launch a kernel", e))
     }};
 }
 
@@ -229,6 +281,37 @@ mod tests {
                    entry function 'attention' for 'sm_80'\n    8 bytes stack frame, 12 bytes spill stores, 16 bytes \
                    spill loads";
         assert_eq!(spilling(log), [("attention".to_string(), 12)]);
+    }
+
+    /// The types of a kernel's arguments by its source, as [`kernels!`] writes them.
+    fn declared(source: &str, kernel: &str) -> Vec<&'static str> {
+        let (_, rest) = source.split_once(&format!(" {kernel}(")).unwrap_or_else(|| panic!("no {kernel}"));
+        let (list, _) = rest.split_once(')').expect("a signature ends");
+        let kind = |argument: &str| match argument.trim() {
+            pointer if pointer.contains('*') => "u64",
+            number if number.starts_with("u64 ") => "u64",
+            number if number.starts_with("int ") => "i32",
+            number if number.starts_with("float ") => "f32",
+            other => panic!("{kernel}: {other}"),
+        };
+        list.split(',').map(kind).collect()
+    }
+
+    #[test]
+    fn signatures_are_those_of_the_sources() {
+        let entries = |sources: &[&str]| -> String {
+            let parts = sources.iter().flat_map(|source| source.split("extern \"C\" __global__").skip(1));
+            parts.map(|part| format!("{}\n", part.split_once('{').expect("a body").0)).collect()
+        };
+        for (sources, signatures) in
+            [([ELEMENTWISE, NVFP4], Kernels::SIGNATURES), ([NVFP4, SOLVER], SolverKernels::SIGNATURES)]
+        {
+            for (kernel, kinds) in signatures {
+                assert_eq!(declared(&entries(&sources), kernel), *kinds, "{kernel}");
+            }
+        }
+        let attention = declared(&entries(&[ATTENTION]), "attention");
+        assert_eq!(attention, ["u64", "u64", "u64", "u64", "i32", "i32", "f32", "i32", "u64"]);
     }
 
     /// Without a GPU: every kernel compiles for every architecture that distq serves, and those of the forward pass

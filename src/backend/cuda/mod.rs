@@ -7,6 +7,7 @@ mod device;
 mod kernels;
 mod lane;
 mod solver;
+mod staging;
 mod sums;
 mod tensor;
 
@@ -15,12 +16,13 @@ use std::sync::Mutex;
 use cudarc::driver::sys::CUevent_flags;
 use cudarc::driver::{CudaEvent, DevicePtr, LaunchConfig};
 
-pub use device::{Cuda, available};
+use device::fit;
+pub use device::{Cuda, available, visible};
 pub use tensor::Tensor;
 
 use super::{Backend, Channels, Compute, Heads};
 use crate::checkpoint::SourceTensor;
-use crate::error::{Error, Result};
+use crate::error::Result;
 use crate::nvfp4::{BLOCK, GlobalScale};
 use kernels::launch;
 pub use solver::{Codes, Factor, Matrix};
@@ -97,7 +99,7 @@ impl Backend for Cuda {
     }
 
     fn set_rows(&self, x: &mut Tensor, rows: usize) {
-        x.set_rows(rows);
+        x.set_rows(self, rows);
     }
 
     fn upload(&self, bytes: &[u8], x: &mut Tensor) -> Result<()> {
@@ -130,6 +132,9 @@ impl Backend for Cuda {
     }
 
     fn embed(&self, table: &Tensor, ids: &Index, out: &mut Tensor) -> Result<()> {
+        let inside = ids.host.iter().all(|&id| (id as usize) < table.rows);
+        let shapes = (table.shape(), ids.host.len(), out.shape());
+        fit("embed", inside && out.shape() == (ids.host.len(), table.cols), &shapes)?;
         let config = LaunchConfig {
             grid_dim: (out.rows as u32, 1, 1),
             block_dim: (THREADS, 1, 1),
@@ -141,6 +146,8 @@ impl Backend for Cuda {
     }
 
     fn rms_norm(&self, x: &Tensor, weight: &Tensor, eps: f32, out: &mut Tensor) -> Result<()> {
+        let shapes = (x.shape(), weight.shape(), out.shape());
+        fit("rms_norm", x.shape() == out.shape() && weight.shape() == (1, x.cols), &shapes)?;
         let config =
             LaunchConfig { grid_dim: (x.rows as u32, 1, 1), block_dim: (256, 1, 1), shared_mem_bytes: 0 };
         let (from, weight_at, to) = (x.pointer(self), weight.pointer(self), out.pointer(self));
@@ -153,6 +160,7 @@ impl Backend for Cuda {
         match bias {
             None => Ok(()),
             Some(bias) => {
+                fit("bias", bias.shape() == (1, out.cols), &(bias.shape(), out.shape()))?;
                 let n = out.rows * out.cols;
                 let (to, bias_at) = (out.pointer(self), bias.pointer(self));
                 launch!(
@@ -170,6 +178,11 @@ impl Backend for Cuda {
     }
 
     fn rope(&self, x: &mut Tensor, dim: usize, cos: &Tensor, sin: &Tensor, rows: &Index) -> Result<()> {
+        let inside = rows.host.iter().all(|&row| (row as usize) < cos.rows);
+        let whole = dim > 0 && dim.is_multiple_of(2) && x.cols.is_multiple_of(dim);
+        let tables = cos.shape() == sin.shape() && 2 * cos.cols == dim && rows.host.len() == x.rows;
+        let shapes = (x.shape(), dim, cos.shape(), sin.shape(), rows.host.len());
+        fit("rope", inside && whole && tables, &shapes)?;
         let pairs = x.rows * x.cols / 2;
         let (x_at, cos, sin, rows) =
             (x.pointer(self), cos.pointer(self), sin.pointer(self), self.pointer(rows));
@@ -201,6 +214,13 @@ impl Backend for Cuda {
         window: Option<usize>,
         out: &mut Tensor,
     ) -> Result<()> {
+        let rising = bounds.host.first() == Some(&0) && bounds.host.is_sorted();
+        let whole = heads.kv_heads > 0 && heads.heads.is_multiple_of(heads.kv_heads);
+        let rows = bounds.host.last().map_or(0, |&end| end as usize);
+        let (wide, narrow) = ((rows, heads.heads * heads.dim), (rows, heads.kv_heads * heads.dim));
+        let shapes = (q.shape(), k.shape(), v.shape(), out.shape(), heads, rows);
+        let given = [q.shape(), out.shape(), k.shape(), v.shape()];
+        fit("attention", rising && whole && given == [wide, wide, narrow, narrow], &shapes)?;
         let kernel = self.attention_kernel(heads.dim)?;
         let longest = bounds.host.windows(2).map(|pair| pair[1] - pair[0]).max().unwrap_or(0);
         let documents = bounds.host.len() as u32 - 1;
@@ -216,12 +236,14 @@ impl Backend for Cuda {
     }
 
     fn silu_mul(&self, gate: &mut Tensor, up: &Tensor) -> Result<()> {
+        fit("silu_mul", gate.shape() == up.shape(), &(gate.shape(), up.shape()))?;
         let packs = (gate.rows * gate.cols).div_ceil(self.pack());
         let (gate, up) = (gate.pointer(self), up.pointer(self));
         launch!(self, &self.kernels.silu_mul, threads_for(packs), gate, up, packs as u64)
     }
 
     fn quantize_input(&self, x: &mut Tensor, input: GlobalScale) -> Result<()> {
+        fit("quantize_input", x.cols.is_multiple_of(BLOCK), &x.shape())?;
         let blocks = x.rows * x.cols / BLOCK;
         let divisor = input.divisor();
         launch!(
@@ -235,6 +257,7 @@ impl Backend for Cuda {
     }
 
     fn add(&self, x: &mut Tensor, y: &Tensor) -> Result<()> {
+        fit("add", x.shape() == y.shape(), &(x.shape(), y.shape()))?;
         let packs = (x.rows * x.cols).div_ceil(self.pack());
         let (x, y) = (x.pointer(self), y.pointer(self));
         launch!(self, &self.kernels.add, threads_for(packs), x, y, packs as u64)
@@ -247,6 +270,7 @@ impl Backend for Cuda {
 
     fn observe(&self, x: &Tensor, amax: &mut Amax, slot: usize) -> Result<()> {
         let slots = amax.0.get_mut().expect("no holder of this lock panics");
+        fit("observe", slot < slots.len(), &(slot, slots.len()))?;
         let at = slots.device_ptr(&self.stream).0 + 4 * slot as u64;
         let n = (x.rows * x.cols) as u64;
         launch!(self, &self.kernels.amax, self.walk(n), x.pointer(self), n, at)
@@ -258,8 +282,12 @@ impl Backend for Cuda {
         Ok(bits.into_iter().map(f32::from_bits).collect())
     }
 
-    fn sums(&self, cols: usize, products: bool) -> Result<DeviceSums> {
-        DeviceSums::new(self, cols, products)
+    fn sums(&self, cols: usize, products: bool, sampled: [usize; 2]) -> Result<DeviceSums> {
+        DeviceSums::new(self, cols, products, sampled)
+    }
+
+    fn add_rows(&self, x: &Tensor, rows: &Index, role: usize, sums: &mut DeviceSums) -> Result<()> {
+        sums.add_rows(self, x, rows, role)
     }
 
     fn add_channels(&self, x: &Tensor, sums: &mut DeviceSums) -> Result<()> {
@@ -304,9 +332,12 @@ impl Backend for Cuda {
         scales: &mut [u8],
     ) -> Result<()> {
         let blocks = weight.rows * weight.cols / BLOCK;
-        if (codes.len(), scales.len()) != (blocks * BLOCK / 2, blocks) {
-            return Err(Error::run("codes and scales do not fit the weight"));
-        }
+        let room = (codes.len(), scales.len()) == (blocks * BLOCK / 2, blocks);
+        fit(
+            "quantize",
+            weight.cols.is_multiple_of(BLOCK) && room,
+            &(weight.shape(), codes.len(), scales.len()),
+        )?;
         let mut rounding = self.rounding.lock().expect("no holder of this lock panics");
         if rounding.bytes.len() < codes.len() + scales.len() {
             // SAFETY: the kernel below writes every byte before the copies, on the same stream, read them.

@@ -16,9 +16,9 @@ use crate::error::{Error, Result};
 /// A row-major matrix on the GPU, in the backend's compute dtype.
 pub struct Tensor {
     /// Rows in use.
-    pub rows: usize,
+    pub(super) rows: usize,
     /// Elements of a row.
-    pub cols: usize,
+    pub(super) cols: usize,
     data: CudaSlice<u8>,
     /// For what comes by a lane, and is freed on another stream than it is used on: its last use by the forward pass.
     /// The finishing thread is done with weights before it lets go.
@@ -103,8 +103,9 @@ impl Tensor {
         read: &(dyn Fn(usize, &mut [u8]) -> Result<()> + Sync),
     ) -> Result<Tensor> {
         let failed = |e| cuda.failed("copy weights to the card", e);
-        // SAFETY: the copy that follows writes every byte.
-        let data = unsafe { lane.stream.alloc::<u8>(bytes) }.map_err(failed)?;
+        // SAFETY: the copy that follows writes every byte; behind them, kernels read a pack to its end and use nothing.
+        let data = unsafe { lane.stream.alloc::<u8>(bytes.max(1).next_multiple_of(PACK_BYTES)) };
+        let data = data.map_err(failed)?;
         // SAFETY: the memory was just allocated with this length.
         unsafe { lane.upload(bytes, read, data.device_ptr(&lane.stream).0) }.map_err(failed)??;
         let event = lane.stream.record_event(None).map_err(failed)?;
@@ -130,8 +131,14 @@ impl Tensor {
         }
     }
 
-    pub(super) fn set_rows(&mut self, rows: usize) {
+    pub(super) fn set_rows(&mut self, cuda: &Cuda, rows: usize) {
         self.rows = rows;
+        assert!(self.bytes(cuda) <= self.data.len(), "an activation has no more rows than it was made with");
+    }
+
+    /// Rows and columns in use.
+    pub(super) fn shape(&self) -> (usize, usize) {
+        (self.rows, self.cols)
     }
 
     fn bytes(&self, cuda: &Cuda) -> usize {

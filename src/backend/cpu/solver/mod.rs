@@ -7,7 +7,7 @@ use rayon::prelude::*;
 
 use super::sums::Sums;
 use super::{Cpu, Tensor};
-use crate::backend::{Backend, Columns, Solver, relative};
+use crate::backend::{Backend, Columns, Gathered, Solver, relative};
 use crate::error::Result;
 use crate::nvfp4::activation::quantize_dequantize;
 use crate::nvfp4::{GlobalScale, QuantizedLinear, amax};
@@ -42,9 +42,10 @@ impl Solver for Cpu {
     type Codes = QuantizedLinear;
     type Factor = Factor;
 
-    fn products(&self, sums: Sums) -> Result<Option<Matrix>> {
+    fn gathered(&self, sums: Sums) -> Result<Gathered<Matrix>> {
         let cols = sums.amax.len();
-        Ok((!sums.products.is_empty()).then_some(Matrix { values: sums.products, cols }))
+        let products = (!sums.products.is_empty()).then_some(Matrix { values: sums.products, cols });
+        Ok(Gathered { products, rows: sums.rows.map(|values| Matrix { values, cols }) })
     }
 
     fn widen(&self, weight: &Tensor) -> Result<Matrix> {
