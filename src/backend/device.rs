@@ -1,6 +1,6 @@
 //! Which device a rank computes on.
 
-use super::{Compute, Solver, cpu::Cpu, cuda, cuda::Cuda};
+use super::{Compute, Solver, cpu::Cpu, cuda::Cuda};
 use crate::error::Result;
 
 /// What the user asked for.
@@ -23,16 +23,25 @@ pub enum Device {
 }
 
 impl Device {
-    /// Opens the device for the rank that is `local_rank` on its host.
+    /// Opens the device of a rank: `gpu` is the one that it has for itself, among those that it sees.
     ///
     /// # Errors
     /// Exit code 5 where a GPU was asked for, or is there, and can't be used.
-    pub fn open(choice: DeviceChoice, compute: Compute, local_rank: usize, threads: usize) -> Result<Device> {
-        let has_own_gpu = || local_rank < cuda::available();
-        if choice == DeviceChoice::Cuda || (choice == DeviceChoice::Auto && has_own_gpu()) {
-            return Ok(Device::Cuda(Box::new(Cuda::new(compute, local_rank)?)));
+    pub fn open(
+        choice: DeviceChoice,
+        compute: Compute,
+        gpu: Option<usize>,
+        threads: usize,
+    ) -> Result<Device> {
+        match (choice, gpu) {
+            (DeviceChoice::Auto | DeviceChoice::Cuda, Some(gpu)) => {
+                Ok(Device::Cuda(Box::new(Cuda::new(compute, gpu)?)))
+            }
+            (DeviceChoice::Cuda, None) => Ok(Device::Cuda(Box::new(Cuda::new(compute, 0)?))),
+            (DeviceChoice::Auto, None) | (DeviceChoice::Cpu, _) => {
+                Ok(Device::Cpu(Cpu::new(compute, threads)?))
+            }
         }
-        Ok(Device::Cpu(Cpu::new(compute, threads)?))
     }
 
     /// What runs the matrix products, for the report.
@@ -48,6 +57,14 @@ impl Device {
         match self {
             Device::Cpu(_) => None,
             Device::Cuda(cuda) => Some((cuda.free_memory(), cuda.is_integrated())),
+        }
+    }
+
+    /// The most bytes of a card's memory that were in use at a time; none on a CPU.
+    pub fn peak_memory(&self) -> Option<u64> {
+        match self {
+            Device::Cpu(_) => None,
+            Device::Cuda(cuda) => Some(cuda.peak_memory()),
         }
     }
 

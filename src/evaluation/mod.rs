@@ -15,6 +15,7 @@ use crate::backend::{Backend, Compute, Device, DeviceChoice, OnBackend, Solver};
 use crate::calibration::{MicroBatch, micro_batches, windows};
 use crate::cluster::Cluster;
 use crate::error::{Error, Result};
+use crate::pipeline::open_device;
 use crate::report::{Evaluation, Scores};
 use forward::{Forward, Text};
 use metrics::{Head, Logits};
@@ -108,9 +109,7 @@ impl Judged {
         });
         let weights = cluster.agree(opened)?;
         let machine = cluster.machine(None);
-        let (local_rank, threads) = (cluster.local_rank(), machine.threads);
-        let opened = cluster.attend(|| Device::open(options.device, weights.compute, local_rank, threads));
-        let device = cluster.agree(opened)?;
+        let device = open_device(cluster, options.device, weights.compute, machine.threads)?;
         let hidden = device.run(Forward { cluster, weights: &weights, text })?;
         Ok(Judged {
             path: path.to_path_buf(),

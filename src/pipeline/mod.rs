@@ -2,6 +2,7 @@
 //! Knows ranks, parts and the journal; not how numbers are chosen.
 
 mod crossing;
+mod devices;
 mod embedding;
 mod finish;
 #[cfg(test)]
@@ -29,6 +30,7 @@ mod sweeps;
 mod visits;
 mod walk;
 
+pub use devices::open_device;
 pub use inventory::{Inventory, Part};
 pub use journal::{Chosen, GroupRecord, PartId, PartRecord};
 pub use quantize::{Options, quantize};

@@ -141,14 +141,8 @@ pub fn quantize(cluster: &Cluster, options: &Options) -> Result<()> {
         _ => Ok(()),
     });
     cluster.agree(synced)?;
-    let rank = RankReport::new(
-        cluster,
-        &machine,
-        device.name(),
-        phases,
-        job.checkpoint.bytes_mapped(),
-        timeline.finish(),
-    );
+    let rank =
+        RankReport::new(cluster, &machine, &device, phases, job.checkpoint.bytes_mapped(), timeline.finish());
     let ranks = cluster.gather(&rank)?;
     let library = cluster.library();
     cluster.from_root(|| {

@@ -2,6 +2,7 @@
 
 use std::path::PathBuf;
 
+use super::devices::open_device;
 use super::inventory::Inventory;
 use super::operations::pairs;
 use super::probe::{Probe, Rates};
@@ -99,9 +100,7 @@ pub fn survey(
         cluster.size(),
     ))?;
     let mut machine = cluster.machine(memory);
-    let (local_rank, threads) = (cluster.local_rank(), machine.threads);
-    let opened = cluster.attend(|| Device::open(options.device, inventory.compute, local_rank, threads));
-    let device = cluster.agree(opened)?;
+    let device = open_device(cluster, options.device, inventory.compute, machine.threads)?;
     // A card's host keeps files and hidden states in memory that the card does not use.
     let host_memory = match device.memory() {
         Some((_, false)) => cluster.machine(None).memory,
@@ -289,8 +288,8 @@ mod tests {
         std::fs::write(dir.path().join("config.json"), config.to_string()).unwrap();
         let options = PlanOptions {
             model: dir.path().into(),
-            layout: "compressed-tensors".parse().unwrap(),
-            scheme: "nvfp4".parse().unwrap(),
+            layout: Layout::CompressedTensors,
+            scheme: Scheme::Nvfp4,
             method: method.parse().unwrap(),
             ignore: vec![],
             layers_per_rank: Some(vec![41, 41, 6]),

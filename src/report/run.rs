@@ -8,6 +8,7 @@ use std::path::Path;
 
 use super::page::page;
 use super::{Bar, Phases};
+use crate::backend::Device;
 use crate::calibration;
 use crate::checkpoint::some;
 use crate::cluster::{Cluster, Machine, own_memory};
@@ -89,6 +90,8 @@ pub struct RankReport {
     pub bytes_read: u64,
     /// Its peak resident memory in bytes, mapped files included.
     pub peak_resident: u64,
+    /// The most bytes of its card that were in use at a time; absent on a CPU.
+    pub peak_device: Option<u64>,
     /// When it computed what.
     pub timeline: Vec<Bar>,
 }
@@ -123,7 +126,7 @@ impl RankReport {
     pub fn new(
         cluster: &Cluster,
         machine: &Machine,
-        kernel: &str,
+        device: &Device,
         phases: Phases,
         bytes_read: u64,
         timeline: Vec<Bar>,
@@ -131,10 +134,11 @@ impl RankReport {
         RankReport {
             rank: cluster.rank(),
             machine: machine.clone(),
-            kernel: kernel.to_string(),
+            kernel: device.name().to_string(),
             phases,
             bytes_read,
             peak_resident: own_memory("VmHWM"),
+            peak_device: device.peak_memory(),
             timeline,
         }
     }

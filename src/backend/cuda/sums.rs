@@ -19,8 +19,11 @@ pub struct DeviceSums {
     /// f32 `[n, n]`, on and below the diagonal.
     products: Option<CudaSlice<u8>>,
     /// Rows that are kept whole, by role, in the dtype of activations, and how many are there.
-    rows: [(CudaSlice<u8>, usize); 2],
+    rows: [KeptRows; 2],
 }
+
+/// Room for rows, and how many are there.
+type KeptRows = (CudaSlice<u8>, usize);
 
 /// Columns of the products that are made at a time: what lies above the diagonal is left out but for their own width.
 const STRIPE: usize = 2048;
@@ -126,7 +129,7 @@ impl DeviceSums {
     }
 
     /// Channels, products `[n, n]` on and below the diagonal, and sampled rows by role.
-    pub(super) fn into_parts(self) -> (usize, Option<CudaSlice<u8>>, [(CudaSlice<u8>, usize); 2]) {
+    pub(super) fn into_parts(self) -> (usize, Option<CudaSlice<u8>>, [KeptRows; 2]) {
         (self.amax.len(), self.products, self.rows)
     }
 }
