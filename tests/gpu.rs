@@ -428,3 +428,42 @@ fn a_result_is_the_same_every_time() {
         assert_eq!(Linear(700, 576, 1536, false).on(&cuda), linear);
     }
 }
+
+#[test]
+fn shapes_that_do_not_fit_are_refused() {
+    for compute in [Compute::Bf16, Compute::F32] {
+        let Some((_, b)) = backends(compute) else { return };
+        let some = |rows: usize, cols: usize| upload(&b, rows, cols, &vec![1.0; rows * cols]);
+        let (x, mut out) = (some(4, 32), some(4, 48));
+        assert!(b.linear(&x, &some(48, 64), None, &mut out).is_err());
+        assert!(b.linear(&x, &some(40, 32), None, &mut out).is_err());
+        assert!(b.linear(&x, &some(48, 32), Some(&some(1, 40)), &mut out).is_err());
+        assert!(b.linear(&x, &some(48, 32), Some(&some(1, 48)), &mut out).is_ok());
+        assert!(b.rms_norm(&x, &some(1, 16), 1e-5, &mut some(4, 32)).is_err());
+        assert!(b.embed(&x, &b.index(&[0, 4]).unwrap(), &mut some(2, 32)).is_err());
+        assert!(b.add(&mut out, &x).is_err() && b.silu_mul(&mut out, &x).is_err());
+        let (cos, rows) = (some(3, 8), b.index(&[0, 1, 2, 3]).unwrap());
+        assert!(b.rope(&mut some(4, 32), 16, &cos, &cos, &rows).is_err());
+        let heads = Heads { heads: 2, kv_heads: 1, dim: 16 };
+        let (kv, bounds) = (some(4, 16), b.index(&[0, 5]).unwrap());
+        assert!(b.attention(&x, &kv, &kv, &bounds, heads, 1.0, None, &mut some(4, 32)).is_err());
+        let (w, h) = (b.widen(&x).unwrap(), b.matrix(vec![1.0; 48 * 48], 48).unwrap());
+        assert!(b.divided(&w, &[1.0; 16]).is_err() && b.outputs(&w, &h).is_err());
+        assert!(b.factor(&h, &[48; 48], 1.0).is_err() && b.relative_error(&w, &h).is_err());
+    }
+}
+
+/// A grid has at most 65,535 blocks in its second dimension.
+#[test]
+fn more_than_65535_inputs_have_a_factor() {
+    let Some((_, b)) = backends(Compute::Bf16) else { return };
+    let n = 65_552;
+    if b.free_memory() < 40 << 30 {
+        println!("skipped: {n} squared floats, twice, need 40 GiB");
+        return;
+    }
+    let h = b.gathered(b.sums(n, true, [0, 0]).unwrap()).unwrap().products.unwrap();
+    let order: Vec<u32> = (0..n as u32).collect();
+    assert!(b.factor(&h, &order, 1.0).unwrap().is_some());
+    assert!(b.factor(&h, &order, -1.0).unwrap().is_none());
+}

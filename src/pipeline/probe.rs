@@ -83,7 +83,12 @@ impl OnBackend for Probe<'_> {
         loop {
             let small = shrunk(self.model, most);
             let mut layer = Sample::new(backend, &small, &lengths)?;
-            let seconds = if self.method.needs_statistics() { layer.solve(&self)? } else { layer.round()? };
+            let mut seconds =
+                if self.method.needs_statistics() { layer.solve(&self)? } else { layer.round()? };
+            if self.method.needs_statistics() && seconds > ENOUGH {
+                // A library loads its kernels for a shape when it is first asked for.
+                seconds = seconds.min(layer.solve(&self)?);
+            }
             rates.solving = operations(&small, self.method).solving / seconds;
             // A GPU only shows what it can do with a layer that keeps it busy.
             if !self.method.needs_statistics()
