@@ -7,6 +7,7 @@ use std::sync::OnceLock;
 use std::sync::atomic::{AtomicPtr, AtomicUsize, Ordering};
 use std::time::Duration;
 
+use crate::confined;
 use crate::error::ExitCode;
 
 /// Rank and host, where there are several.
@@ -59,27 +60,36 @@ pub fn end(words: &str) -> ! {
     }
 }
 
-/// The system's allocator, with a message that says who ran out of memory and what to do.
-pub struct Allocator;
+/// The system's allocator, with a message that says who ran out of memory and what to do. It counts for [`confined`]
+/// threads.
+struct Allocator;
+
+#[global_allocator]
+static ALLOCATOR: Allocator = Allocator;
 
 // SAFETY: every call is the system allocator's, and what it can't give ends the process.
 unsafe impl GlobalAlloc for Allocator {
     unsafe fn alloc(&self, layout: Layout) -> *mut u8 {
+        confined::allocated(layout.size());
         // SAFETY: as the caller promises.
         given(unsafe { System.alloc(layout) }, layout.size())
     }
 
     unsafe fn alloc_zeroed(&self, layout: Layout) -> *mut u8 {
+        confined::allocated(layout.size());
         // SAFETY: as the caller promises.
         given(unsafe { System.alloc_zeroed(layout) }, layout.size())
     }
 
     unsafe fn realloc(&self, old: *mut u8, layout: Layout, size: usize) -> *mut u8 {
+        confined::allocated(size);
+        confined::freed(layout.size());
         // SAFETY: as the caller promises.
         given(unsafe { System.realloc(old, layout, size) }, size)
     }
 
     unsafe fn dealloc(&self, memory: *mut u8, layout: Layout) {
+        confined::freed(layout.size());
         // SAFETY: as the caller promises.
         unsafe { System.dealloc(memory, layout) }
     }

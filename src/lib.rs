@@ -8,6 +8,7 @@ pub mod backend;
 pub mod calibration;
 pub mod checkpoint;
 pub mod cluster;
+pub mod confined;
 pub mod error;
 pub mod evaluation;
 pub mod last_words;

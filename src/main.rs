@@ -8,15 +8,11 @@ use std::process::ExitCode;
 use std::time::Duration;
 
 use distq::cluster::{Cluster, launch};
-use distq::last_words::Allocator;
 use distq::report::Progress;
 use tracing_subscriber::fmt::format::Writer;
 use tracing_subscriber::fmt::time::{FormatTime, Uptime, uptime};
 use tracing_subscriber::fmt::{FmtContext, FormatEvent, FormatFields};
 use tracing_subscriber::registry::LookupSpan;
-
-#[global_allocator]
-static ALLOCATOR: Allocator = Allocator;
 
 /// Files that may be open at once: more than the shards of any model, of the source and of the output.
 const OPEN_FILES: u64 = 1 << 20;

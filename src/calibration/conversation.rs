@@ -41,6 +41,7 @@ impl Conversation {
 fn beside(row: &Value, key: &str) -> Result<Option<Value>, String> {
     let value = match row.get(key) {
         None | Some(Value::Null) => return Ok(None),
+        Some(Value::String(text)) if text.trim().is_empty() => return Ok(None),
         Some(Value::String(text)) => {
             serde_json::from_str(text).map_err(|e| format!("{key} is a string that is not JSON: {e}"))?
         }

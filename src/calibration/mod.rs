@@ -4,10 +4,14 @@ mod batches;
 mod conversation;
 mod documents;
 mod jinja;
+mod reader;
+mod row;
 mod sampling;
 mod select;
+mod shuffle;
 mod template;
 mod tokenize;
+mod tokenizer;
 mod windows;
 
 pub use batches::{MicroBatch, micro_batches};

@@ -1,12 +1,14 @@
 //! Which documents are used, and how much of each.
 
-use std::collections::BTreeMap;
 use std::path::Path;
 
-use super::documents::{Document, Source};
+use super::documents::{Place, Row, Source};
+use super::row::HOLD_A_DOCUMENT;
+use super::shuffle::Shuffled;
 use super::template::TODAY;
 use super::tokenize::Tokenize;
-use crate::error::{Error, Result};
+use crate::confined::{self, Limits};
+use crate::error::{Error, Result, printable};
 
 /// What the user asked for.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -47,10 +49,14 @@ pub struct Summary {
     pub shortest: usize,
     /// Tokens of the longest document used.
     pub longest: usize,
-    /// Documents looked at.
+    /// Rows looked at.
     pub read: usize,
     /// Documents that were too short.
     pub skipped: usize,
+    /// Rows of which no document could be made.
+    pub unusable: usize,
+    /// The first of them: where each stands, and why.
+    pub unusable_rows: Vec<String>,
     /// Documents that were cut.
     pub truncated: usize,
     /// Positions in the source of the documents used, from 0.
@@ -63,22 +69,43 @@ pub struct Summary {
     pub warnings: Vec<String>,
 }
 
+/// Characters of a reason that are shown at most.
+const LONGEST_REASON: usize = 300;
+
+/// Skipped rows that are shown to the user.
+const SHOWN: usize = 5;
+
 impl Calibration {
     /// Reads, tokenizes and selects documents for the checkpoint in `model`, whose vocabulary has `vocab`
-    /// entries.
+    /// entries. Rows that hold no document are skipped and counted.
     ///
     /// # Errors
-    /// Exit code 3: unreadable data, no tokenizer, no document long enough, an id beyond the vocabulary.
+    /// Exit code 3: unreadable data, no tokenizer, no document long enough, no row with a document.
     pub fn load(options: &CalibOptions, model: &Path, vocab: usize) -> Result<Calibration> {
+        let (options, model) = (options.clone(), model.to_path_buf());
+        confined::run(Limits::USUAL, move || Calibration::select(&options, &model, vocab))
+    }
+
+    fn select(options: &CalibOptions, model: &Path, vocab: usize) -> Result<Calibration> {
         let mut chosen = Calibration::default();
         let mut tokenize = Tokenize::new(model);
         let mut longest_seen = 0;
-        for (position, document) in ordered(options)? {
-            if chosen.lengths.len() == options.samples {
-                break;
-            }
+        let mut rows = ordered(options)?;
+        while chosen.lengths.len() < options.samples {
+            let Some(row) = rows.next() else { break };
+            let (position, Row { place, document }) = row?;
             chosen.summary.read += 1;
-            let mut ids = tokenize.ids(document?)?;
+            let ids = match document {
+                Ok(document) => tokenize.ids(document, options.max_tokens)?,
+                Err(reason) => Err(reason),
+            };
+            let mut ids = match ids.and_then(|ids| within(ids, options.max_tokens, vocab)) {
+                Ok(ids) => ids,
+                Err(reason) => {
+                    chosen.summary.leave_out(place, &reason);
+                    continue;
+                }
+            };
             longest_seen = longest_seen.max(ids.len());
             if ids.len() < options.min_tokens || ids.is_empty() {
                 chosen.summary.skipped += 1;
@@ -88,23 +115,12 @@ impl Calibration {
                 ids.truncate(options.max_tokens);
                 chosen.summary.truncated += 1;
             }
-            if let Some(id) = ids.iter().find(|&&id| id as usize >= vocab) {
-                let what = format!("document {} has token id {id}, the vocabulary has {vocab}", position + 1);
-                return Err(error(options, what).fix("use the tokenizer that belongs to the checkpoint"));
-            }
             chosen.summary.documents.push(position);
             chosen.lengths.push(ids.len());
             chosen.ids.extend(ids);
         }
         if chosen.lengths.is_empty() {
-            let what = match chosen.summary.read {
-                0 => "there is no document".to_string(),
-                read => format!(
-                    "of {read} documents the longest has {longest_seen} tokens, {} are needed",
-                    options.min_tokens
-                ),
-            };
-            return Err(error(options, what).fix("give more text, or lower --calib-min-tokens"));
+            return Err(nothing(options, &chosen.summary, longest_seen));
         }
         chosen.summarize(options, &tokenize);
         Ok(chosen)
@@ -124,11 +140,20 @@ impl Calibration {
         summary.longest = self.lengths.iter().copied().max().unwrap_or(0);
         summary.seed = options.seed;
         summary.digest = digest.finalize().to_hex().to_string();
+        if summary.unusable > 0 {
+            summary.warnings.push(format!("calibration data ({}): {}", options.source, summary.left_out()));
+        }
         if summary.samples < options.samples {
-            summary.warnings.push(format!(
-                "{} of {} calibration documents found: {} are shorter than {} tokens",
-                summary.samples, options.samples, summary.skipped, options.min_tokens
-            ));
+            let too_short = format!("{} are shorter than {} tokens", summary.skipped, options.min_tokens);
+            let unusable = format!("{} hold no document that can be used", summary.unusable);
+            let why: Vec<String> = [(summary.skipped, too_short), (summary.unusable, unusable)]
+                .into_iter()
+                .filter_map(|(count, why)| (count > 0).then_some(why))
+                .collect();
+            let why = if why.is_empty() { String::new() } else { format!(": {}", why.join(", ")) };
+            let warning =
+                format!("{} of {} calibration documents found{why}", summary.samples, options.samples);
+            summary.warnings.push(warning);
         }
         if tokenize.lacks_template() {
             summary
@@ -144,32 +169,71 @@ impl Calibration {
     }
 }
 
-fn error(options: &CalibOptions, what: String) -> Error {
-    Error::input(format!("calibration data ({}): {what}", options.source))
+impl Summary {
+    fn leave_out(&mut self, place: Place, reason: &str) {
+        self.unusable += 1;
+        if self.unusable_rows.len() < SHOWN {
+            let reason = printable(reason, LONGEST_REASON);
+            self.unusable_rows.push(format!("{place}: {reason}"));
+        }
+    }
+
+    /// Which rows can't be used, as a sentence.
+    fn left_out(&self) -> String {
+        let more = self.unusable - self.unusable_rows.len();
+        let more = if more > 0 { format!("; and {more} more") } else { String::new() };
+        let rows = if self.unusable == 1 {
+            "1 row is skipped".into()
+        } else {
+            format!("{} rows are skipped", self.unusable)
+        };
+        format!(
+            "{rows}, because no document can be made of what is in it: {}{more}",
+            self.unusable_rows.join("; ")
+        )
+    }
 }
 
-type Numbered = Box<dyn Iterator<Item = (usize, Result<Document>)>>;
+/// The ids, where the vocabulary has all of those that are used.
+fn within(ids: Vec<u32>, used: usize, vocab: usize) -> Result<Vec<u32>, String> {
+    match ids.iter().take(used).find(|&&id| id as usize >= vocab) {
+        Some(id) => Err(format!("it has token id {id}, the model's vocabulary has {vocab} entries")),
+        None => Ok(ids),
+    }
+}
 
-/// Documents with their positions: in the source's order, read as needed, or all of them shuffled.
+/// The error where no document is left.
+fn nothing(options: &CalibOptions, summary: &Summary, longest_seen: usize) -> Error {
+    let too_short = format!(
+        "of {} documents the longest has {longest_seen} tokens, {} are needed",
+        summary.skipped, options.min_tokens
+    );
+    let (what, fix) = match (summary.skipped, summary.unusable) {
+        (0, 0) => ("there is no document in it".to_string(), "name a file with documents".to_string()),
+        (_, 0) => (too_short, "give more text, or lower --calib-min-tokens".into()),
+        (0, _) => (
+            format!("no row can be used: {}", summary.left_out()),
+            format!(
+                "use rows with one of {HOLD_A_DOCUMENT}, and the tokenizer that belongs to the checkpoint"
+            ),
+        ),
+        _ => {
+            let what = format!("{too_short}; {}", summary.left_out());
+            (what, "give more text, or lower --calib-min-tokens".into())
+        }
+    };
+    Error::input(format!("calibration data ({}): {what}", options.source)).fix(fix)
+}
+
+type Numbered = Box<dyn Iterator<Item = Result<(usize, Row)>>>;
+
+/// Rows with their positions, in the source's order or shuffled.
 fn ordered(options: &CalibOptions) -> Result<Numbered> {
-    let documents = options.source.documents()?;
-    if options.seed == 0 {
-        return Ok(Box::new(documents.enumerate()));
+    let rows = options.source.rows()?;
+    if options.seed != 0 {
+        return Ok(Box::new(Shuffled::new(options)));
     }
-    // Sorting by a hash of (seed, position) is a shuffle that depends on nothing else.
-    let mut state = BTreeMap::new();
-    for (position, document) in documents.enumerate() {
-        state.insert((splitmix(options.seed ^ splitmix(position as u64)), position), document);
-    }
-    Ok(Box::new(state.into_iter().map(|((_, position), document)| (position, document))))
-}
-
-/// One step of SplitMix64 (Steele, Lea and Flood, 2014).
-fn splitmix(x: u64) -> u64 {
-    let x = x.wrapping_add(0x9E37_79B9_7F4A_7C15);
-    let x = (x ^ (x >> 30)).wrapping_mul(0xBF58_476D_1CE4_E5B9);
-    let x = (x ^ (x >> 27)).wrapping_mul(0x94D0_49BB_1331_11EB);
-    x ^ (x >> 31)
+    Ok(Box::new(rows.enumerate().map(|(position, row)| Ok((position, row?)))))
 }
 
 #[cfg(test)]
@@ -198,6 +262,31 @@ mod tests {
     }
 
     #[test]
+    fn rows_that_hold_no_document_are_skipped_and_shown() {
+        let odd = "{\"text\": null}\n{oops\n{\"input_ids\": [1,99]}\n[]\n7\n{\"messages\": []}\n";
+        let chosen = load(&format!("{odd}{LINES}"), |_| {}).unwrap();
+        assert_eq!(chosen.lengths, [3, 2]);
+        let s = chosen.summary;
+        assert_eq!((s.read, s.skipped, s.unusable, s.documents), (9, 1, 6, vec![7, 8]));
+        assert_eq!(s.unusable_rows.len(), 5);
+        let warning = &s.warnings[0];
+        for words in [
+            "6 rows",
+            "line 1: text is null",
+            "line 2: not valid JSON",
+            "line 3: it has token id 99",
+            "1 more",
+        ] {
+            assert!(warning.contains(words), "{warning}");
+        }
+    }
+
+    #[test]
+    fn an_id_beyond_the_vocabulary_counts_only_where_it_is_used() {
+        assert_eq!(load("{\"input_ids\": [1,2,3,99]}", |_| {}).unwrap().ids, [1, 2, 3]);
+    }
+
+    #[test]
     fn fewer_documents_than_asked_for_is_a_warning() {
         let chosen = load(LINES, |options| options.samples = 9).unwrap();
         assert_eq!(chosen.lengths.len(), 3);
@@ -220,7 +309,8 @@ mod tests {
         for (lines, words) in [
             ("", vec!["no document"]),
             ("{\"input_ids\": [1]}", vec!["longest has 1", "2 are needed"]),
-            ("{\"input_ids\": [1, 10]}", vec!["token id 10", "document 1"]),
+            ("{\"input_ids\": [1, 10]}", vec!["token id 10", "line 1"]),
+            ("{\"input_ids\": [1]}\n{\"body\": 1}", vec!["longest has 1", "line 2", "its keys are body"]),
             ("{\"text\": \"abc\"}", vec!["tokenizer.json", "input_ids"]),
         ] {
             let error = load(lines, |_| {}).unwrap_err().to_string();

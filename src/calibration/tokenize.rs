@@ -1,13 +1,14 @@
-//! Documents to token ids, with the checkpoint's own tokenizer.
+//! Documents to token ids, with the checkpoint's own tokenizer and chat template.
 
 use std::path::{Path, PathBuf};
 
 use serde_json::Value;
-use tokenizers::Tokenizer;
 
 use super::documents::Document;
 use super::template::ChatTemplate;
-use crate::error::{Error, Result};
+use super::tokenizer::Tokenizer;
+use crate::confined;
+use crate::error::Result;
 
 /// Turns documents into ids; loads the tokenizer when the first text asks for it.
 pub struct Tokenize {
@@ -22,40 +23,43 @@ impl Tokenize {
         Tokenize { model: model.to_path_buf(), tokenizer: None, template: None }
     }
 
-    /// A document's token ids. Plain text gets the special tokens that the tokenizer adds by itself (such as
-    /// a first BOS); a rendered conversation holds its own.
+    /// A document's first `enough` token ids, and perhaps more; or why this document has none. Plain text gets the
+    /// special tokens that the tokenizer adds by itself (such as a first BOS); a rendered conversation holds its own.
     ///
     /// # Errors
-    /// Exit code 3: no usable tokenizer.json, a chat template that does not work.
-    pub fn ids(&mut self, document: Document) -> Result<Vec<u32>> {
+    /// Exit code 3: no usable tokenizer, a chat template that does not work.
+    pub fn ids(&mut self, document: Document, enough: usize) -> Result<Result<Vec<u32>, String>> {
         match document {
-            Document::Ids(ids) => Ok(ids),
-            Document::Text(text) => self.encode(&text, true),
+            Document::Ids(ids) => Ok(Ok(ids)),
+            Document::Text(text) => self.encode(&text, true, enough).map(Ok),
             Document::Conversation(conversation) => {
                 if self.template.is_none() {
                     self.template = Some(ChatTemplate::of(&self.model)?);
                 }
                 match self.template.as_ref().and_then(Option::as_ref) {
                     Some(template) => {
-                        let text = template.render(&conversation)?;
-                        let text = text.map_err(|reason| {
-                            Error::input(reason)
-                                .fix("leave the line out, or calibrate with text instead of messages")
-                        })?;
-                        self.encode(&text, false)
+                        confined::suspect(
+                            "the chat template",
+                            &self.model,
+                            "calibrate with text instead of messages",
+                        );
+                        match template.render(&conversation)? {
+                            Ok(text) => self.encode(&text, false, enough).map(Ok),
+                            Err(reason) => Ok(Err(reason)),
+                        }
                     }
-                    None => self.encode(&joined(&conversation.messages), true),
+                    None => self.encode(&joined(&conversation.messages), true, enough).map(Ok),
                 }
             }
         }
     }
 
-    /// The ids of text as it stands, without special tokens.
+    /// The first `enough` ids of text as it stands, and perhaps more, without special tokens.
     ///
     /// # Errors
-    /// Exit code 3: no usable tokenizer.json.
-    pub fn plain(&mut self, text: &str) -> Result<Vec<u32>> {
-        self.encode(text, false)
+    /// Exit code 3: no usable tokenizer.
+    pub fn plain(&mut self, text: &str, enough: usize) -> Result<Vec<u32>> {
+        self.encode(text, false, enough)
     }
 
     /// Whether a conversation was tokenized without a template.
@@ -68,32 +72,12 @@ impl Tokenize {
         matches!(&self.template, Some(Some(template)) if template.asks_for_the_date())
     }
 
-    fn encode(&mut self, text: &str, special: bool) -> Result<Vec<u32>> {
-        let path = self.model.join("tokenizer.json");
+    fn encode(&mut self, text: &str, special: bool, enough: usize) -> Result<Vec<u32>> {
         if self.tokenizer.is_none() {
-            self.tokenizer = Some(load(&path)?);
+            self.tokenizer = Some(Tokenizer::of(&self.model)?);
         }
-        let tokenizer = self.tokenizer.as_ref().expect("just loaded");
-        let encoding = tokenizer
-            .encode_fast(text, special)
-            .map_err(|e| Error::input(format!("can't tokenize a document: {e}")).file(&path))?;
-        Ok(encoding.get_ids().to_vec())
+        self.tokenizer.as_ref().expect("just loaded").encode(text, special, enough)
     }
-}
-
-fn load(path: &Path) -> Result<Tokenizer> {
-    if !path.exists() {
-        return Err(Error::input("there is no tokenizer.json to tokenize text with")
-            .file(path)
-            .fix("add the file to the checkpoint, or give --calib a .jsonl with input_ids"));
-    }
-    let mut tokenizer = Tokenizer::from_file(path).map_err(|e| {
-        Error::input(format!("not a usable tokenizer: {e}")).file(path).fix("download tokenizer.json again")
-    })?;
-    // Some checkpoints ship with truncation or padding switched on, which would change the documents.
-    tokenizer.with_truncation(None).map_err(|e| Error::input(format!("tokenizer: {e}")).file(path))?;
-    tokenizer.with_padding(None);
-    Ok(tokenizer)
 }
 
 /// A conversation's text, one message after another.

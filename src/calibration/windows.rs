@@ -3,6 +3,7 @@
 use std::path::Path;
 
 use super::tokenize::Tokenize;
+use crate::confined::{self, Limits};
 use crate::error::{Error, Result};
 
 /// Tokenizes the file `text` as one string, without special tokens, with the tokenizer of `model`, and cuts it
@@ -14,7 +15,9 @@ pub fn windows(model: &Path, text: &Path, length: usize, windows: Option<usize>)
     let content = std::fs::read_to_string(text).map_err(|e| {
         Error::input(format!("can't read: {e}")).file(text).fix("give --text a file of UTF-8 text")
     })?;
-    let ids = Tokenize::new(model).plain(&content)?;
+    let enough = windows.map_or(usize::MAX, |windows| windows.saturating_mul(length));
+    let (model, limits) = (model.to_path_buf(), Limits::for_text(content.len()));
+    let ids = confined::run(limits, move || Tokenize::new(&model).plain(&content, enough))?;
     let there = ids.len() / length;
     let wanted = windows.unwrap_or(there.max(1));
     if there < wanted {

@@ -36,7 +36,11 @@ pub fn run(args: &Args, cluster: &Cluster) -> Result<()> {
     let options = args.plan.options(cluster);
     let calib = cluster.agree(args.calib.options())?;
     let lengths = |model: &ModelConfig| match options.calibrates() {
-        true => Calibration::load(&calib, &options.model, model.vocab).map(|data| data.lengths),
+        true => {
+            let data = Calibration::load(&calib, &options.model, model.vocab)?;
+            data.summary.warnings.iter().for_each(|warning| tracing::warn!("{warning}"));
+            Ok(data.lengths)
+        }
         false => Ok(vec![]),
     };
     let plan = if args.nodes.is_empty() {

@@ -76,7 +76,7 @@ impl PlanArgs {
 /// Which documents calibrate; shared with `distq plan`.
 #[derive(clap::Args)]
 pub struct CalibArgs {
-    /// The file of calibration documents (JSON lines, text or Parquet), or builtin for the set inside the program.
+    /// The file of calibration documents (JSON lines, JSON, text or Parquet), or builtin for the set inside the program.
     #[arg(long, default_value = "builtin", value_name = "FILE|builtin")]
     pub calib: Source,
     /// The number of documents to use.

@@ -12,7 +12,7 @@ use crossbeam_channel::{RecvTimeoutError, Sender, bounded};
 use super::launch::LAUNCHERS;
 use super::{Cluster, launch, transport};
 use crate::error::{Error, ExitCode, Result};
-use crate::{last_words, threads};
+use crate::{confined, last_words, threads};
 
 impl Cluster {
     /// Text prefixed with the rank and the host it comes from, where there is more than one.
@@ -109,6 +109,10 @@ pub(super) fn install_panic_hook(cluster: &Cluster) {
     let who = cluster.place("");
     let no_system = format!("{}; {}", threads::REFUSED, threads::REMEDY);
     std::panic::set_hook(Box::new(move |info| {
+        if confined::is_here() {
+            // Whoever confined the thread makes an error of it.
+            return;
+        }
         // A new thread that finds no memory for its signal stack panics in the standard library, before it runs anything
         // of distq's.
         let by_system = info.location().is_some_and(|place| place.file().contains("library/std/src/sys/"));

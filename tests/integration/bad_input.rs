@@ -4,9 +4,17 @@
 use std::fs;
 
 use safetensors::Dtype;
-use serde_json::json;
+use serde_json::{Value, json};
 
 use crate::support::{Case, Distq, Scene, digests, is_open_mpi, mpirun, set, spoil_weight};
+
+/// A tokenizer of one word with this part.
+fn write_tokenizer(scene: &Scene, part: &str, value: Value) {
+    let mut tokenizer =
+        json!({"version": "1.0", "model": {"type": "WordLevel", "vocab": {"a": 0}, "unk_token": "a"}});
+    tokenizer[part] = value;
+    fs::write(scene.model().join("tokenizer.json"), tokenizer.to_string()).unwrap();
+}
 
 fn write_calib(scene: &Scene, lines: &str) {
     fs::write(scene.calib(), lines).unwrap();
@@ -184,18 +192,42 @@ const CASES: &[Case] = &[
         words: &["124 tokens", "150", "--calib-min-tokens"],
     },
     Case {
-        name: "a line that is no document",
-        spoil: |s| write_calib(s, "{\"input_ids\": [1, 2]}\n{\"body\": 1}\n"),
+        name: "no line that is a document",
+        spoil: |s| write_calib(s, "{\"body\": 1}\n{\"text\": null}\n"),
         args: &[],
         code: 3,
-        words: &["line 2", "calib.jsonl"],
+        words: &["line 1", "its keys are body", "line 2", "calib.jsonl", "messages"],
+    },
+    Case {
+        name: "a tokenizer over which its library panics",
+        spoil: |s| {
+            write_calib(s, "{\"text\": \"some words\"}\n");
+            write_tokenizer(s, "pre_tokenizer", json!({"type": "FixedLength", "length": 0}));
+        },
+        args: &[],
+        code: 3,
+        words: &["tokenizer.json", "can't be used", "download"],
+    },
+    Case {
+        name: "a tokenizer that asks for all memory",
+        spoil: |s| {
+            write_calib(s, "{\"text\": \"some words\"}\n");
+            write_tokenizer(
+                s,
+                "normalizer",
+                json!({"type": "Precompiled", "precompiled_charsmap": "/////w=="}),
+            );
+        },
+        args: &[],
+        code: 3,
+        words: &["tokenizer.json", "2.00 GiB", "download"],
     },
     Case {
         name: "token ids beyond the vocabulary",
         spoil: |s| write_calib(s, "{\"input_ids\": [1, 2, 128]}\n"),
         args: &[],
         code: 3,
-        words: &["128", "vocabulary", "document 1"],
+        words: &["128", "vocabulary", "line 1"],
     },
     Case {
         name: "an already quantized source",
