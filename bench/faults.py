@@ -64,8 +64,10 @@ def layers_finished(out):
 
 def phase(out):
     """What the run was doing, by what it left."""
-    if out.exists():
+    if out.exists() and not (out / "distq-journal.jsonl").exists():
         return AFTER
+    if out.exists():
+        return PHASES[3]
     if not Path(f"{out}.partial").exists():
         return PHASES[0]
     layers = layers_finished(out)
@@ -104,7 +106,8 @@ def main(kills):
         if hit == AFTER:
             equal[hit] += digests(out) == wanted
         else:
-            resume = ["--resume"] if Path(f"{out}.partial/distq-journal.jsonl").exists() else ["--overwrite"]
+            journals = [Path(f"{out}.partial/distq-journal.jsonl"), out / "distq-journal.jsonl"]
+            resume = ["--resume"] if any(journal.exists() for journal in journals) else ["--overwrite"]
             done = quiet(command(out, 1 + number % 3, *resume))
             equal[hit] += done.returncode == 0 and digests(out) == wanted
         print(f"kill {sum(tried.values())}: {hit}; {sum(equal.values())} to the same bytes", file=sys.stderr, flush=True)

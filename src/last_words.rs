@@ -4,7 +4,7 @@
 use std::alloc::{GlobalAlloc, Layout, System};
 use std::io::Write;
 use std::sync::OnceLock;
-use std::sync::atomic::{AtomicPtr, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicPtr, Ordering};
 use std::time::Duration;
 
 use crate::confined;
@@ -13,9 +13,12 @@ use crate::error::ExitCode;
 /// Rank and host, where there are several.
 static SPEAKER: OnceLock<String> = OnceLock::new();
 
-/// Last words that the main thread may pass on to the other ranks.
-static WORDS: AtomicPtr<u8> = AtomicPtr::new(std::ptr::null_mut());
-static LENGTH: AtomicUsize = AtomicUsize::new(0);
+/// Last words that the main thread may pass on to the other ranks, or [`TAKEN`]. It points to the text's address and
+/// length, which lie together on the stack of a thread that never returns.
+static WORDS: AtomicPtr<&'static str> = AtomicPtr::new(std::ptr::null_mut());
+
+/// What [`WORDS`] points to when the main thread has them: it ends the process.
+static TAKEN: &str = "";
 
 /// From now on, last words begin with this: the rank and the host. Where it is not empty, the main thread asks for them
 /// with [`taken`].
@@ -26,15 +29,15 @@ pub fn speak_for(speaker: String) {
 
 /// The last words of another thread, once: whoever takes them ends the job.
 pub fn taken() -> Option<&'static str> {
-    let words = WORDS.swap(std::ptr::null_mut(), Ordering::AcqRel);
-    if words.is_null() {
+    let taken = (&raw const TAKEN).cast_mut();
+    let words = WORDS.load(Ordering::Acquire);
+    if words.is_null() || words == taken {
         return None;
     }
-    // SAFETY: pointer and length are of a string that lives on, since the thread that left it never returns.
-    unsafe {
-        let bytes = std::slice::from_raw_parts(words, LENGTH.load(Ordering::Acquire));
-        Some(std::str::from_utf8_unchecked(bytes))
-    }
+    WORDS.store(taken, Ordering::Release);
+    // SAFETY: it points to a text's address and length that were written before it was stored, that do not change and
+    // that live on with the text, since the thread that left them never returns.
+    Some(unsafe { *words })
 }
 
 /// Ends the job with exit code 5 and one line: through the main thread, so that all ranks leave with one message, or,
@@ -42,11 +45,17 @@ pub fn taken() -> Option<&'static str> {
 pub fn end(words: &str) -> ! {
     let speaker = SPEAKER.get().map_or("", String::as_str);
     if !speaker.is_empty() {
-        LENGTH.store(words.len(), Ordering::Release);
-        WORDS.store(words.as_ptr().cast_mut(), Ordering::Release);
+        let mine = (&raw const words).cast_mut().cast::<&'static str>();
+        let (nothing, taken) = (std::ptr::null_mut(), (&raw const TAKEN).cast_mut());
+        if WORDS.compare_exchange(nothing, mine, Ordering::AcqRel, Ordering::Acquire).is_err() {
+            // Another thread has spoken, and ends the process.
+            loop {
+                std::thread::sleep(Duration::from_secs(1));
+            }
+        }
         // Sleeping is a system call and nothing else.
         std::thread::sleep(Duration::from_secs(2));
-        while WORDS.load(Ordering::Acquire).is_null() {
+        while WORDS.load(Ordering::Acquire) == taken {
             // Taken: the main thread ends the process.
             std::thread::sleep(Duration::from_secs(1));
         }

@@ -3,10 +3,13 @@
 
 mod convert;
 mod declared;
+mod digests;
 mod directory;
+mod fingerprint;
 mod guard;
 mod header;
 mod layout;
+mod lock;
 mod output;
 mod placement;
 mod sample;
@@ -17,10 +20,11 @@ mod writer;
 
 pub use convert::{first_not_finite, narrow, stored, widen};
 pub use declared::{Declared, LinearScheme, declared_layout, strings};
+pub use digests::{DIGESTS, digest, write_digests};
 pub use directory::snapshot;
 pub use header::{Header, HeaderTensor, read_header};
 pub use layout::{Layout, LinearNames, Scheme, quantization_files};
-pub use output::{Existing, OutputDir};
+pub use output::{Existing, JOURNAL, NEW_JOURNAL, NONCE, OutputDir};
 pub use placement::{OutTensor, Placement, Shard, Slot};
 pub use shards::some;
 pub use sidefiles::{copy_side_files, is_side_file};

@@ -1,10 +1,33 @@
 //! The life of an output directory: `OUT.partial/` while it is being made, `OUT` in one rename.
+//!
+//! `OUT.partial/` holds some files that are not part of the output. They are removed after the rename, the journal last:
+//! a directory with a journal in it is one that `--resume` can finish, under either name.
 
+use std::ffi::OsStr;
 use std::fs::{self, File};
+use std::io::{ErrorKind, Read};
 use std::path::{Path, PathBuf};
 
+use super::digests::DIGESTS;
+use super::lock::{LOCK, Lock};
+use super::sidefiles::is_side_file;
 use super::writer::failed;
 use crate::error::{Error, Result};
+
+/// What the run was asked to do and what it has finished.
+pub const JOURNAL: &str = "distq-journal.jsonl";
+/// A journal that is being written.
+pub const NEW_JOURNAL: &str = "distq-journal.jsonl.new";
+/// A file with the run's name, the same after every `--resume`, and a word that is new each time: by this other ranks
+/// recognise that they see rank 0's directory and not one of the same name.
+pub const NONCE: &str = "distq-nonce";
+/// An empty file in `OUT.partial/` of a run that was started with `--overwrite`, so that resuming it may replace OUT.
+const OVERWRITES: &str = "distq-overwrites";
+/// The output that was replaced, until it is removed.
+const REPLACED: &str = "distq-replaced";
+
+/// Files of a run that are not part of the output, in the order in which they are removed.
+const SCRATCH: [&str; 5] = [OVERWRITES, NONCE, NEW_JOURNAL, LOCK, JOURNAL];
 
 /// What to do with what an earlier run left.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -18,7 +41,7 @@ pub enum Existing {
 }
 
 /// An output directory that is not published yet.
-#[derive(Clone, Debug, PartialEq)]
+#[derive(Debug)]
 pub struct OutputDir {
     /// Where the output will be.
     pub out: PathBuf,
@@ -26,19 +49,22 @@ pub struct OutputDir {
     pub partial: PathBuf,
     /// Whether an unfinished run is continued.
     pub resumed: bool,
-    overwrite: bool,
+    /// Whether OUT may be replaced.
+    overwrites: bool,
+    /// Held from the moment at which `OUT.partial/` is there.
+    lock: Option<Lock>,
 }
 
 impl OutputDir {
-    /// Checks the paths, and changes nothing.
+    /// Checks the paths. Changes nothing, but locks an unfinished run that is to be continued or removed.
     ///
     /// # Errors
-    /// Exit code 2: OUT exists, lies inside the source or around it, or an unfinished run is in the way.
+    /// Exit code 2: OUT exists, lies inside the source or around it, can't be replaced without removing what no run of
+    /// distq made, or an unfinished run is in the way or still running.
     pub fn check(source: &Path, out: &Path, existing: Existing) -> Result<OutputDir> {
         let out = absolute(out)?;
         let source = fs::canonicalize(source).unwrap_or_else(|_| source.to_path_buf());
-        let mut name =
-            out.file_name().expect("an absolute path outside of the root has a name").to_os_string();
+        let mut name = out.file_name().unwrap_or_default().to_os_string();
         name.push(".partial");
         let partial = out.with_file_name(name);
         // Both may be removed or replaced, so the source must lie in neither.
@@ -49,110 +75,281 @@ impl OutputDir {
                     .fix("write to a directory outside of the source"));
             }
         }
-        if fs::symlink_metadata(&out).is_ok() && !out.is_dir() {
-            return Err(Error::usage("the output's name is taken by something that is not a directory")
-                .file(&out)
-                .fix("choose another name, or remove it"));
-        }
-        if out.exists() && existing != Existing::Overwrite {
-            return Err(Error::usage("the output exists")
-                .file(&out)
-                .fix("choose another name, or use --overwrite"));
-        }
-        let resumed = existing == Existing::Resume;
-        match (partial.exists(), existing) {
-            (true, Existing::Refuse) => {
+        let unfinished = is_directory(&partial)?;
+        let vacant = !is_directory(&out)? || entries(&out)?.is_empty();
+        let (mut overwrites, mut locked) = (existing == Existing::Overwrite, unfinished.then_some(&partial));
+        match existing {
+            Existing::Refuse if unfinished => {
+                // Dropped at once: only whether it is held matters.
+                Lock::acquire(&partial)?;
                 return Err(Error::usage("an earlier run did not finish")
                     .file(&partial)
                     .fix("continue it with --resume, or start again with --overwrite"));
             }
-            (false, Existing::Resume) => {
+            Existing::Resume if unfinished => {
+                only_files(&partial)?;
+                overwrites = partial.join(OVERWRITES).exists();
+            }
+            // Stopped between the rename and the removal of its journal.
+            Existing::Resume if out.join(JOURNAL).exists() => {
+                only_files(&out)?;
+                (overwrites, locked) = (true, Some(&out));
+            }
+            Existing::Resume if vacant => {
                 return Err(Error::usage("there is no unfinished run to resume")
                     .file(&partial)
                     .fix("start without --resume"));
             }
-            _ => {}
+            Existing::Overwrite => {
+                replaceable(&partial)?;
+                replaceable(&out)?;
+            }
+            Existing::Refuse | Existing::Resume => {}
         }
-        Ok(OutputDir { out, partial, resumed, overwrite: existing == Existing::Overwrite })
+        if !vacant && !overwrites {
+            return Err(Error::usage("the output exists")
+                .file(&out)
+                .fix("choose another name, or use --overwrite"));
+        }
+        let lock = locked.map(|dir| Lock::acquire(dir)).transpose()?;
+        Ok(OutputDir { out, partial, resumed: existing == Existing::Resume, overwrites, lock })
     }
 
-    /// Creates `OUT.partial/`, unless an unfinished run is continued.
+    /// Where the run's files are: `OUT.partial/`, or OUT where an earlier process was stopped after the rename.
+    pub fn place(&self) -> &Path {
+        if self.resumed && !self.partial.exists() { &self.out } else { &self.partial }
+    }
+
+    /// Creates `OUT.partial/`, empty but for the lock, or brings that of an unfinished run back.
     ///
     /// # Errors
-    /// Exit code 5 where the file system refuses.
-    pub fn create(&self) -> Result<()> {
+    /// Exit code 2 where another run was faster, 5 where the file system refuses.
+    pub fn create(&mut self) -> Result<()> {
         if self.resumed {
+            let place = self.place();
+            if place != self.partial {
+                fs::rename(place, &self.partial)
+                    .map_err(|e| failed("can't go on with the published output", place, e))?;
+            }
             return Ok(());
         }
-        if self.partial.exists() {
-            fs::remove_dir_all(&self.partial).map_err(|e| failed("can't remove", &self.partial, e))?;
+        match fs::create_dir(&self.partial) {
+            Ok(()) => self.lock = Some(Lock::acquire(&self.partial)?),
+            Err(e) if e.kind() == ErrorKind::AlreadyExists => {
+                if self.lock.is_none() {
+                    self.lock = Some(Lock::acquire(&self.partial)?);
+                    return Err(Error::usage("another run began to write this output just now")
+                        .file(&self.partial)
+                        .fix("choose another name for the output"));
+                }
+                // Looked at again: it was checked before the model was read.
+                replaceable(&self.partial)?;
+                self.empty()?;
+            }
+            Err(e) => return Err(failed("can't create the output", &self.partial, e)),
         }
-        fs::create_dir(&self.partial).map_err(|e| failed("can't create the output", &self.partial, e))
+        if self.overwrites {
+            let path = self.partial.join(OVERWRITES);
+            File::create(&path).map_err(|e| failed("can't create", &path, e))?;
+        }
+        Ok(())
     }
 
-    /// Removes `scratch` files and makes `OUT` appear, complete, in one rename.
+    /// Removes a directory that was just created, in which there is nothing worth going on with.
+    pub fn discard(&self) {
+        let _ = fs::remove_dir_all(&self.partial);
+    }
+
+    /// Removes everything but the lock.
+    fn empty(&self) -> Result<()> {
+        for name in entries(&self.partial)?.iter().filter(|name| *name != LOCK) {
+            let path = self.partial.join(name);
+            let removed = if name == REPLACED { fs::remove_dir_all(&path) } else { fs::remove_file(&path) };
+            removed.map_err(|e| failed("can't remove", &path, e))?;
+        }
+        Ok(())
+    }
+
+    /// Makes `OUT` appear, complete, in one rename, when all of it is on the disk; then removes what is not part of it.
+    /// Stopped at any point, it leaves what `--resume` publishes.
     ///
     /// # Errors
-    /// Exit code 5 where the file system refuses.
-    pub fn publish(&self, scratch: &[&str]) -> Result<()> {
-        for name in scratch {
-            let path = self.partial.join(name);
-            if path.exists() {
-                fs::remove_file(&path).map_err(|e| failed("can't remove", &path, e))?;
-            }
-        }
+    /// Exit code 2 where OUT is no longer what could be replaced, 5 where the file system refuses.
+    pub fn publish(&self) -> Result<()> {
         sync_files(&self.partial)?;
         sync_dir(&self.partial)?;
-        // A name of this process's own: OUT.old may be somebody's, even the source.
-        let mut old = self.out.clone().into_os_string();
-        old.push(format!(".old.{}", std::process::id()));
-        let old = PathBuf::from(old);
-        let replaced = self.overwrite && self.out.exists();
-        if replaced {
-            fs::rename(&self.out, &old)
+        let replaced = self.partial.join(REPLACED);
+        let replaces = is_directory(&self.out)? && !entries(&self.out)?.is_empty();
+        if replaces {
+            self.may_replace()?;
+            if replaced.exists() {
+                fs::remove_dir_all(&replaced).map_err(|e| failed("can't remove", &replaced, e))?;
+            }
+            fs::rename(&self.out, &replaced)
                 .map_err(|e| failed("can't move the old output away", &self.out, e))?;
         }
         if let Err(e) = fs::rename(&self.partial, &self.out) {
-            if replaced {
+            if replaces {
                 // Put the old output back; the first error is the one to report.
-                let _ = fs::rename(&old, &self.out);
+                let _ = fs::rename(&replaced, &self.out);
             }
             return Err(failed("can't publish the output", &self.out, e));
         }
-        if replaced {
-            fs::remove_dir_all(&old).map_err(|e| failed("can't remove", &old, e))?;
+        self.out.parent().map_or(Ok(()), sync_dir)?;
+        self.clean();
+        Ok(())
+    }
+
+    /// Whether OUT, which is not empty, may still be replaced: it may have been made or changed since the run began.
+    fn may_replace(&self) -> Result<()> {
+        let fix = "move it away, then use --resume: everything is computed, and only its name is missing";
+        if !self.overwrites {
+            return Err(Error::usage("the output's name was taken while the run went on")
+                .file(&self.out)
+                .fix(fix));
         }
-        match self.out.parent() {
-            Some(parent) => sync_dir(parent),
-            None => Ok(()),
+        replaceable(&self.out).map_err(|error| error.fix(fix))
+    }
+
+    /// Removes what is not part of the published output. It is complete with these files as well, so this is no reason
+    /// to fail.
+    fn clean(&self) {
+        let replaced = self.out.join(REPLACED);
+        let mut removed = vec![];
+        if replaced.exists() {
+            removed.push((replaced.clone(), fs::remove_dir_all(&replaced)));
+        }
+        removed.extend(SCRATCH.map(|name| (self.out.join(name), fs::remove_file(self.out.join(name)))));
+        for (path, error) in removed.into_iter().filter_map(|(path, removed)| Some((path, removed.err()?))) {
+            if error.kind() != ErrorKind::NotFound {
+                tracing::warn!(
+                    "{}: can't be removed ({error}); the output is complete, remove this by hand",
+                    path.display()
+                );
+            }
         }
     }
 }
 
+/// Names in a directory.
+fn entries(dir: &Path) -> Result<Vec<String>> {
+    let listed = fs::read_dir(dir).and_then(|entries| entries.collect::<Result<Vec<_>, _>>());
+    let listed = listed.map_err(|e| failed("can't list", dir, e))?;
+    Ok(listed.iter().map(|entry| entry.file_name().to_string_lossy().into_owned()).collect())
+}
+
+/// Whether there is a directory of this name.
+///
+/// # Errors
+/// Exit code 2 where there is something else: it can't be replaced, and a link leads elsewhere.
+fn is_directory(path: &Path) -> Result<bool> {
+    let taken = |what: &str| {
+        Err(Error::usage(format!("the output's name is taken by {what}"))
+            .file(path)
+            .fix("choose another name, or remove it"))
+    };
+    match fs::symlink_metadata(path) {
+        Ok(found) if found.is_dir() => Ok(true),
+        Ok(found) if found.is_symlink() => taken("a symbolic link, which distq does not follow"),
+        Ok(_) => taken("something that is not a directory"),
+        Err(_) => Ok(false),
+    }
+}
+
+/// Refuses an unfinished run with something in it that distq did not put there: written through a link, a file outside
+/// of the directory would change.
+fn only_files(dir: &Path) -> Result<()> {
+    for name in entries(dir)?.iter().filter(|name| *name != REPLACED) {
+        let path = dir.join(name);
+        if !fs::symlink_metadata(&path).is_ok_and(|found| found.is_file()) {
+            return Err(Error::usage("this is no file of an unfinished run")
+                .file(&path)
+                .fix("remove it, then use --resume again"));
+        }
+    }
+    Ok(())
+}
+
+/// Refuses to have a directory removed that is neither a checkpoint nor an unfinished run, or that holds anything else.
+fn replaceable(dir: &Path) -> Result<()> {
+    if !is_directory(dir)? {
+        return Ok(());
+    }
+    let refused = |what: String| {
+        Err(Error::usage(format!("--overwrite does not remove this directory: {what}"))
+            .file(dir)
+            .fix("choose another name for the output, or remove the directory yourself"))
+    };
+    let (names, listed) = (entries(dir)?, listed_in_digests(dir));
+    for name in &names {
+        let is_dir = fs::symlink_metadata(dir.join(name)).is_ok_and(|found| found.is_dir());
+        if is_dir != (name == REPLACED) || !(is_of_checkpoint(name) || listed.contains(name)) {
+            return refused(format!("{name} is not part of a checkpoint"));
+        }
+    }
+    let has = |wanted: &dyn Fn(&String) -> bool| names.iter().any(wanted);
+    let checkpoint = has(&|name| name == "config.json") && has(&|name| name.ends_with(".safetensors"));
+    let unfinished =
+        has(&|name| name == JOURNAL) || names.iter().all(|name| SCRATCH.contains(&name.as_str()));
+    match checkpoint || unfinished {
+        true => Ok(()),
+        false => refused("it is neither a checkpoint nor an unfinished run".into()),
+    }
+}
+
+/// Files that stand beside the weights of many checkpoints, and are not carried over.
+const OTHERS: [&str; 7] = [
+    "config.json",
+    "hf_quant_config.json",
+    DIGESTS,
+    "model.safetensors.index.json",
+    "README.md",
+    ".gitattributes",
+    "recipe.yaml",
+];
+
+/// Whether a name alone says that a file belongs to a checkpoint or to an unfinished run. Programs may be anybody's.
+fn is_of_checkpoint(name: &str) -> bool {
+    name == REPLACED
+        || SCRATCH.contains(&name)
+        || OTHERS.contains(&name)
+        || name.ends_with(".safetensors")
+        || (is_side_file(name) && !name.ends_with(".py"))
+}
+
+/// The names in a `digests.json`, which is in every output of distq and names all of its files.
+fn listed_in_digests(dir: &Path) -> Vec<String> {
+    let mut text = vec![];
+    let read = File::open(dir.join(DIGESTS)).and_then(|file| file.take(64 << 20).read_to_end(&mut text));
+    let value: serde_json::Value = match read {
+        Ok(_) => serde_json::from_slice(&text).unwrap_or_default(),
+        Err(_) => return vec![],
+    };
+    let files = value.get("files").and_then(serde_json::Value::as_object);
+    files.map_or(vec![], |files| files.keys().cloned().collect())
+}
+
 /// Waits until the files of a directory are on the disk: a rename may reach it before their contents do.
 fn sync_files(dir: &Path) -> Result<()> {
-    for entry in fs::read_dir(dir).map_err(|e| failed("can't list", dir, e))? {
-        let path = entry.map_err(|e| failed("can't list", dir, e))?.path();
+    for name in entries(dir)?.iter().filter(|name| *name != REPLACED) {
+        let path = dir.join(name);
         File::open(&path).and_then(|file| file.sync_all()).map_err(|e| failed("can't write", &path, e))?;
     }
     Ok(())
 }
 
-fn sync_dir(dir: &Path) -> Result<()> {
+pub(super) fn sync_dir(dir: &Path) -> Result<()> {
     File::open(dir).and_then(|dir| dir.sync_all()).map_err(|e| failed("can't write", dir, e))
 }
 
-/// The path with its parent resolved; the last component need not exist.
+/// The path with its parent resolved; the last component need not exist, and is not followed.
 fn absolute(path: &Path) -> Result<PathBuf> {
-    if let Ok(path) = fs::canonicalize(path) {
-        return Ok(path);
-    }
-    let absolute = std::path::absolute(path).map_err(|e| failed("not a usable path", path, e))?;
-    let (Some(parent), Some(name)) = (absolute.parent(), absolute.file_name()) else {
-        return Err(Error::usage("this is not a name for a directory")
-            .file(path)
-            .fix("give a path that ends in a name"));
+    let no_name = || {
+        Error::usage("this is not a name for a directory").file(path).fix("give a path that ends in a name")
     };
+    let name: &OsStr = path.file_name().ok_or_else(no_name)?;
+    let absolute = std::path::absolute(path).map_err(|e| failed("not a usable path", path, e))?;
+    let parent = absolute.parent().ok_or_else(no_name)?;
     match fs::canonicalize(parent) {
         Ok(parent) => Ok(parent.join(name)),
         Err(_) => Err(Error::usage("the parent directory does not exist").file(path).fix("create it first")),
@@ -170,32 +367,55 @@ mod tests {
         (dir, source, out)
     }
 
+    /// A directory with these empty files.
+    fn filled(dir: &Path, names: &[&str]) {
+        fs::create_dir_all(dir).unwrap();
+        names.iter().for_each(|name| fs::write(dir.join(name), "").unwrap());
+    }
+
+    fn begun(source: &Path, out: &Path, existing: Existing) -> OutputDir {
+        let mut output = OutputDir::check(source, out, existing).unwrap();
+        output.create().unwrap();
+        output
+    }
+
+    fn names(dir: &Path) -> Vec<String> {
+        let mut names = entries(dir).unwrap();
+        names.sort();
+        names
+    }
+
     #[test]
     fn nothing_looks_finished_before_it_is() {
         let (_dir, source, out) = dirs();
-        let output = OutputDir::check(&source, &out, Existing::Refuse).unwrap();
-        output.create().unwrap();
-        fs::write(output.partial.join("journal"), "x").unwrap();
-        fs::write(output.partial.join("model"), "x").unwrap();
+        let output = begun(&source, &out, Existing::Refuse);
+        filled(&output.partial, &[JOURNAL, NONCE, "model"]);
         assert!(!out.exists());
-        output.publish(&["journal", "nonce"]).unwrap();
-        assert!(out.join("model").exists() && !out.join("journal").exists() && !output.partial.exists());
+        output.publish().unwrap();
+        assert_eq!((names(&out), output.partial.exists()), (vec!["model".to_string()], false));
     }
 
     #[test]
     fn paths_that_make_no_sense_are_refused() {
         let (dir, source, out) = dirs();
-        let refused =
-            |out: &Path, existing| OutputDir::check(&source, out, existing).unwrap_err().to_string();
+        let refused = |out: &Path, existing| {
+            let error = OutputDir::check(&source, out, existing).unwrap_err();
+            assert_eq!(error.exit, crate::error::ExitCode::Usage, "{error}");
+            error.to_string()
+        };
         assert!(refused(&source, Existing::Overwrite).contains("overlap"));
         assert!(refused(&source.join("out"), Existing::Overwrite).contains("overlap"));
         assert!(refused(dir.path(), Existing::Overwrite).contains("overlap"));
         assert!(refused(&dir.path().join("no/out"), Existing::Refuse).contains("parent"));
         assert!(refused(&out, Existing::Resume).contains("no unfinished run"));
-        fs::create_dir(&out).unwrap();
+        for no_name in ["/", ".", "..", "../..", ""] {
+            assert!(refused(Path::new(no_name), Existing::Overwrite).contains("not a name"), "{no_name}");
+        }
+        filled(&out, &["config.json", "model.safetensors"]);
         assert!(refused(&out, Existing::Refuse).contains("--overwrite"));
-        fs::remove_dir(&out).unwrap();
-        OutputDir::check(&source, &out, Existing::Refuse).unwrap().create().unwrap();
+        assert!(refused(&out, Existing::Resume).contains("--overwrite"));
+        fs::remove_dir_all(&out).unwrap();
+        drop(begun(&source, &out, Existing::Refuse));
         assert!(refused(&out, Existing::Refuse).contains("--resume"));
     }
 
@@ -208,40 +428,148 @@ mod tests {
             let error = OutputDir::check(source, &out, Existing::Overwrite).unwrap_err();
             assert!(error.to_string().contains("overlap"), "{error}");
         }
-        fs::remove_dir_all(&partial).unwrap();
-        let old = dir.path().join("out.old");
-        fs::create_dir(&old).unwrap();
-        fs::write(old.join("weights"), "x").unwrap();
-        fs::create_dir(&out).unwrap();
-        let output = OutputDir::check(&old, &out, Existing::Overwrite).unwrap();
-        output.create().unwrap();
-        output.publish(&[]).unwrap();
-        assert!(old.join("weights").exists());
-        let left: Vec<_> = fs::read_dir(dir.path()).unwrap().map(|e| e.unwrap().file_name()).collect();
-        assert_eq!(left.len(), 3, "only source, out.old and out: {left:?}");
     }
 
     #[test]
-    fn a_name_taken_by_a_file_or_a_dangling_link_is_refused() {
+    fn names_that_are_taken_by_files_and_links_are_refused() {
         let (dir, source, out) = dirs();
-        fs::write(&out, "x").unwrap();
-        let refused =
-            |out: &Path| OutputDir::check(&source, out, Existing::Overwrite).unwrap_err().to_string();
-        assert!(refused(&out).contains("not a directory"));
         let link = dir.path().join("link");
-        std::os::unix::fs::symlink(dir.path().join("gone"), &link).unwrap();
-        assert!(refused(&link).contains("not a directory"));
+        fs::write(&out, "x").unwrap();
+        filled(&dir.path().join("elsewhere"), &["config.json", "model.safetensors"]);
+        for (path, target) in [(&out, None), (&link, Some("gone")), (&link, Some("elsewhere"))] {
+            if let Some(target) = target {
+                let _ = fs::remove_file(path);
+                std::os::unix::fs::symlink(dir.path().join(target), path).unwrap();
+            }
+            let error = OutputDir::check(&source, path, Existing::Overwrite).unwrap_err();
+            assert!(error.to_string().contains("name is taken"), "{error}");
+        }
     }
 
     #[test]
     fn overwriting_replaces_the_old_output_only_when_the_new_one_is_done() {
+        let (dir, source, out) = dirs();
+        filled(&out, &["config.json", "model.safetensors", "tokenizer.model"]);
+        let output = begun(&source, &out, Existing::Overwrite);
+        filled(&output.partial, &[JOURNAL, "new"]);
+        assert!(out.join("config.json").exists());
+        output.publish().unwrap();
+        assert_eq!(
+            (names(&out), names(dir.path())),
+            (vec!["new".into()], vec!["out".into(), "source".into()])
+        );
+    }
+
+    #[test]
+    fn overwriting_removes_nothing_that_is_not_of_a_checkpoint() {
+        let (_dir, source, out) = dirs();
+        let partial = out.with_file_name("out.partial");
+        for dir in [&out, &partial] {
+            let foreign: [&[&str]; 6] = [
+                &["thesis.tex"],
+                &["config.json", "model.safetensors", "train.py"],
+                &["config.json", "model.safetensors", ".env"],
+                &[JOURNAL, "notes.txt"],
+                &["config.json", "README.md"],
+                &["model.safetensors"],
+            ];
+            for files in foreign {
+                filled(dir, files);
+                let error = OutputDir::check(&source, &out, Existing::Overwrite).unwrap_err();
+                assert_eq!(error.exit, crate::error::ExitCode::Usage);
+                assert!(error.to_string().contains("--overwrite does not remove"), "{error}");
+                assert_eq!(names(dir).len(), files.len());
+                fs::remove_dir_all(dir).unwrap();
+            }
+            filled(dir, &["config.json", "model.safetensors"]);
+            fs::create_dir(dir.join("src")).unwrap();
+            assert!(OutputDir::check(&source, &out, Existing::Overwrite).is_err(), "it has a directory");
+            fs::remove_dir(dir.join("src")).unwrap();
+            // Programs of the model's authors are named by the digests.
+            fs::write(dir.join("modeling_x.py"), "").unwrap();
+            assert!(OutputDir::check(&source, &out, Existing::Overwrite).is_err());
+            fs::write(dir.join("digests.json"), r#"{"files": {"modeling_x.py": ""}}"#).unwrap();
+            OutputDir::check(&source, &out, Existing::Overwrite).unwrap();
+            fs::remove_dir_all(dir).unwrap();
+        }
+    }
+
+    #[test]
+    fn what_was_put_into_the_old_output_meanwhile_is_not_removed() {
+        let (_dir, source, out) = dirs();
+        filled(&out, &["config.json", "model.safetensors"]);
+        let output = begun(&source, &out, Existing::Overwrite);
+        filled(&output.partial, &[JOURNAL, "new"]);
+        filled(&out, &["thesis.tex"]);
+        assert!(output.publish().unwrap_err().to_string().contains("--resume"));
+        assert!(out.join("thesis.tex").exists() && output.partial.join("new").exists());
+        drop(output);
+        fs::rename(&out, out.with_file_name("moved")).unwrap();
+        begun(&source, &out, Existing::Resume).publish().unwrap();
+        assert_eq!(names(&out), ["new"]);
+    }
+
+    #[test]
+    fn an_empty_directory_is_as_good_as_none() {
         let (_dir, source, out) = dirs();
         fs::create_dir(&out).unwrap();
-        fs::write(out.join("old"), "x").unwrap();
-        let output = OutputDir::check(&source, &out, Existing::Overwrite).unwrap();
-        output.create().unwrap();
-        assert!(out.join("old").exists());
-        output.publish(&[]).unwrap();
-        assert!(out.exists() && !out.join("old").exists());
+        let output = begun(&source, &out, Existing::Refuse);
+        filled(&output.partial, &["model"]);
+        output.publish().unwrap();
+        assert_eq!(names(&out), ["model"]);
+    }
+
+    #[test]
+    fn stopped_anywhere_in_publishing_it_can_be_resumed() {
+        // After how many renames: none, that of the old output, that of the new one.
+        for renames in 0..3 {
+            let (dir, source, out) = dirs();
+            filled(&out, &["config.json", "model.safetensors"]);
+            let output = begun(&source, &out, Existing::Overwrite);
+            filled(&output.partial, &[JOURNAL, "new"]);
+            let partial = output.partial.clone();
+            drop(output);
+            if renames > 0 {
+                fs::rename(&out, partial.join(REPLACED)).unwrap();
+            }
+            if renames > 1 {
+                fs::rename(&partial, &out).unwrap();
+            }
+            let output = begun(&source, &out, Existing::Resume);
+            assert!(output.partial.join("new").exists());
+            output.publish().unwrap();
+            let left = (names(&out), names(dir.path()));
+            assert_eq!(left, (vec!["new".into()], vec!["out".into(), "source".into()]), "{renames}");
+        }
+    }
+
+    #[test]
+    fn a_second_run_is_refused_by_name_until_the_first_has_ended() {
+        let (_dir, source, out) = dirs();
+        let first = begun(&source, &out, Existing::Refuse);
+        filled(&first.partial, &[JOURNAL, "model.safetensors"]);
+        for existing in [Existing::Refuse, Existing::Resume, Existing::Overwrite] {
+            let error = OutputDir::check(&source, &out, existing).unwrap_err();
+            let holder = format!("process {}", std::process::id());
+            assert_eq!(error.exit, crate::error::ExitCode::Usage);
+            assert!(error.to_string().contains(&holder), "{existing:?}: {error}");
+        }
+        drop(first);
+        OutputDir::check(&source, &out, Existing::Resume).unwrap();
+        // Two that began when there was nothing yet.
+        let (second, third) = (out.with_file_name("second"), out.with_file_name("second"));
+        let [mut second, mut third] =
+            [second, third].map(|out| OutputDir::check(&source, &out, Existing::Refuse).unwrap());
+        second.create().unwrap();
+        assert!(third.create().unwrap_err().to_string().contains("another run"));
+    }
+
+    #[test]
+    fn a_link_in_an_unfinished_run_is_refused() {
+        let (_dir, source, out) = dirs();
+        let partial = begun(&source, &out, Existing::Refuse).partial;
+        std::os::unix::fs::symlink("/nowhere", partial.join("config.json")).unwrap();
+        let error = OutputDir::check(&source, &out, Existing::Resume).unwrap_err();
+        assert!(error.to_string().contains("config.json"), "{error}");
     }
 }

@@ -131,6 +131,11 @@ impl Placement {
         self.slots.get(name).copied()
     }
 
+    /// The names of a file's tensors, in no order.
+    pub fn tensors_in(&self, shard: usize) -> impl Iterator<Item = &str> {
+        self.slots.iter().filter(move |(_, slot)| slot.shard == shard).map(|(name, _)| name.as_str())
+    }
+
     /// Bytes of all files.
     pub fn total_bytes(&self) -> u64 {
         self.shards.iter().map(|shard| shard.bytes).sum()

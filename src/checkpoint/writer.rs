@@ -3,7 +3,7 @@
 use std::fs::{File, OpenOptions};
 use std::io;
 use std::os::fd::AsRawFd;
-use std::os::unix::fs::{FileExt, MetadataExt};
+use std::os::unix::fs::{FileExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
@@ -55,7 +55,10 @@ impl OutputFiles {
     fn opened(dir: &Path, placement: &Placement, options: &OpenOptions) -> Result<OutputFiles> {
         let open = |name: &str| {
             let path = dir.join(name);
-            let file = options.open(&path).map_err(|e| failed("can't open for writing", &path, e))?;
+            // A link in its place would lead to somebody else's file.
+            let mut options = options.clone();
+            let file = options.custom_flags(libc::O_NOFOLLOW).open(&path);
+            let file = file.map_err(|e| failed("can't open for writing", &path, e))?;
             Ok((path, Arc::new(file)))
         };
         let files = placement.shards.iter().map(|shard| open(&shard.file_name)).collect::<Result<_>>()?;
@@ -142,14 +145,15 @@ fn shortage(dir: &Path, needed: u64, free: Option<u64>) -> Result<()> {
     }
 }
 
-/// Bytes that an ordinary user may still write to the file's disk.
+/// Bytes that an ordinary user may still write to the file's disk; none where the file system does not say, which some
+/// do with a size of zero blocks.
 fn free_space(file: &File) -> Option<u64> {
     // SAFETY: a statvfs is plain data, valid when zeroed; the call fills it.
-    unsafe {
+    let stat = unsafe {
         let mut stat: libc::statvfs = std::mem::zeroed();
-        (libc::fstatvfs(file.as_raw_fd(), &mut stat) == 0)
-            .then(|| stat.f_bavail as u64 * stat.f_frsize as u64)
-    }
+        (libc::fstatvfs(file.as_raw_fd(), &mut stat) == 0).then_some(stat)
+    }?;
+    (stat.f_blocks > 0).then_some(stat.f_bavail as u64 * stat.f_frsize as u64)
 }
 
 /// Allocates blocks where the file system can, else only sets the length. The system call itself is asked:

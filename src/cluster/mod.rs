@@ -24,8 +24,8 @@ use std::time::Duration;
 pub use fail::abort;
 pub use launch::{Launch, launch};
 pub use machine::{Machine, MemoryKind, own_memory};
-pub use pump::Outgoing;
 pub use transport::{Frame, Tag};
+pub use worker::ToMain;
 
 use crate::error::{Error, ExitCode, Result};
 use crate::{last_words, threads};

@@ -6,19 +6,14 @@ use crossbeam_channel::{Receiver, TryRecvError};
 use super::{Cluster, Frame, Tag};
 use crate::error::{Error, Result};
 
-/// What a worker hands to the main thread.
-pub enum Outgoing {
-    /// A message to a rank (this one included).
-    Message {
-        /// The receiver.
-        peer: usize,
-        /// What it is about.
-        tag: Tag,
-        /// The message.
-        frame: Frame,
-    },
-    /// The worker failed: the whole job ends.
-    Fail(Error),
+/// A message that a worker hands to the main thread.
+pub(super) struct Outgoing {
+    /// The receiver, which may be this rank.
+    pub(super) peer: usize,
+    /// What it is about.
+    pub(super) tag: Tag,
+    /// The message.
+    pub(super) frame: Frame,
 }
 
 /// Whether a message could be taken.
@@ -41,10 +36,11 @@ impl Cluster {
     /// closed and everything that was sent has been taken.
     ///
     /// # Errors
-    /// This rank's error, or that of a rank that failed or is silent, which names it.
+    /// The first that comes from `failed`, or that of a rank that failed or is silent, which names it.
     pub(super) fn pump(
         &self,
         outgoing: &Receiver<Outgoing>,
+        failed: &Receiver<Error>,
         take: &mut dyn FnMut(Tag, usize, Frame) -> Result<Pumped>,
     ) -> Result<()> {
         let mut state = Pump::new(self, take);
@@ -52,16 +48,18 @@ impl Cluster {
         loop {
             let mut moved = false;
             self.stay_alive()?;
+            failed.try_recv().map_or(Ok(()), Err)?;
             let in_flight = self.transport.as_ref().map_or(0, |transport| transport.progress());
             if in_flight < IN_FLIGHT {
                 match outgoing.try_recv() {
-                    Ok(Outgoing::Message { peer, tag, frame }) => {
+                    Ok(Outgoing { peer, tag, frame }) => {
                         moved = true;
                         state.send(peer, tag, MESSAGE, frame)?;
                     }
-                    Ok(Outgoing::Fail(error)) => return Err(error),
                     Err(TryRecvError::Empty) => {}
                     Err(TryRecvError::Disconnected) if !state.said_done && in_flight == 0 => {
+                        // A worker that failed has said so before it closed its channel.
+                        failed.try_recv().map_or(Ok(()), Err)?;
                         moved = true;
                         state.said_done = true;
                         state.send(0, Tag::Root, DONE, Frame::default())?;

@@ -132,8 +132,8 @@ impl Transport {
         self.on_main_thread();
         self.moved.set(Instant::now());
         let part = &buffer[range];
-        // SAFETY: the buffer is owned by the list below and neither changed nor freed before MPI_Test has
-        // reported the request complete (or the process ends). Lengths are at most PART, so they fit a C int.
+        // SAFETY: the buffer is owned by the list below and neither changed nor freed before MPI_Test has reported the
+        // request complete, or never, as `drop` sees to. Lengths are at most PART, so they fit a C int.
         let request = unsafe {
             let mut request = ffi::RSMPI_REQUEST_NULL;
             ffi::MPI_Isend(
@@ -237,8 +237,8 @@ impl Transport {
             Frame { head: head.to_vec(), body: spare::take(u64::from_le_bytes(*length) as usize) };
         let receive = |part: &mut [u8]| {
             // SAFETY: the part lies in the frame's body, whose heap buffer the caller keeps, neither read nor moved,
-            // until MPI_Test has reported the request complete (or the process ends). Lengths are at most PART, so they
-            // fit a C int.
+            // until MPI_Test has reported the request complete, or for ever, as `drop` sees to. Lengths are at most PART,
+            // so they fit a C int.
             unsafe {
                 let mut request = ffi::RSMPI_REQUEST_NULL;
                 ffi::MPI_Irecv(
@@ -259,6 +259,15 @@ impl Transport {
 
     fn on_main_thread(&self) {
         assert_eq!(std::thread::current().id(), self.thread, "MPI is called from the main thread only");
+    }
+}
+
+impl Drop for Transport {
+    /// MPI ends when the fields are dropped, and may be using the buffers of what is still on its way until then: a sign
+    /// of life that nobody has taken. They are given to it for good.
+    fn drop(&mut self) {
+        std::mem::forget(self.sending.take());
+        std::mem::forget(self.arriving.take());
     }
 }
 

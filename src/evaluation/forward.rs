@@ -2,11 +2,11 @@
 
 use std::ops::Range;
 
-use crossbeam_channel::{Receiver, Sender};
+use crossbeam_channel::Receiver;
 
 use super::weights::Weights;
 use super::{Backend, MicroBatch, OnBackend, Solver};
-use crate::cluster::{Cluster, Frame, Outgoing, Tag};
+use crate::cluster::{Cluster, Frame, Tag, ToMain};
 use crate::error::{Error, Result};
 use crate::model::{Batch, Decoder, LayerWeights, Site};
 
@@ -54,7 +54,7 @@ impl OnBackend for Forward<'_> {
         let group = text.batches.len().div_ceil(groups).max(1);
         self.cluster.work(
             |to_next, incoming| Walk { weights, text, backend, slice, group, next, incoming, to_next }.run(),
-            &mut |peer, _| Err(Error::run(format!("rank {peer} sent a message that is not for this rank"))),
+            |peer, _| Err(Error::run(format!("rank {peer} sent a message that is not for this rank"))),
         )
     }
 }
@@ -68,7 +68,7 @@ struct Walk<'a, B: Backend> {
     group: usize,
     next: Option<usize>,
     incoming: Receiver<Frame>,
-    to_next: Sender<Outgoing>,
+    to_next: ToMain,
 }
 
 impl<B: Backend> Walk<'_, B> {
@@ -116,8 +116,7 @@ impl<B: Backend> Walk<'_, B> {
                     None => kept.push(bytes),
                     Some(peer) => {
                         let frame = Frame { head: vec![], body: bytes };
-                        let sent = self.to_next.send(Outgoing::Message { peer, tag: Tag::Hidden, frame });
-                        sent.map_err(|_| Error::run("the job is ending because of another failure"))?;
+                        self.to_next.send(peer, Tag::Hidden, frame)?;
                     }
                 }
             }

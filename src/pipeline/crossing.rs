@@ -92,7 +92,11 @@ impl<B: Backend> Crossing<B> {
     pub fn enter(&self, backend: &B, micro_batch: usize, state: &mut B::Tensor) -> Result<()> {
         let ended = |_| Error::run("what brings hidden states ended early");
         let (number, states) = self.arrived.recv().map_err(ended)??;
-        debug_assert_eq!(number, micro_batch, "messages of one sender arrive in order");
+        if number != micro_batch {
+            return Err(Error::run(format!(
+                "hidden states of micro-batch {number} came where those of {micro_batch} are due; please report this"
+            )));
+        }
         backend.copy(&states, state)
     }
 

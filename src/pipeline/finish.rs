@@ -84,6 +84,8 @@ pub struct Finisher<'a, B: Solver> {
     places: Sender<ToPlace>,
     /// Memory of tensors that have been placed.
     placed: Receiver<Vec<u8>>,
+    /// Hears from that thread that all has been placed.
+    settled: Receiver<()>,
     /// The same, by length: layers have tensors of the same lengths.
     spare: HashMap<usize, Vec<Vec<u8>>>,
     /// Where work is noted.
@@ -112,13 +114,13 @@ pub fn finish<B: Solver>(
     let (places, tensors) = bounded(waiting);
     // Codes that are chosen have memory of their own.
     let (spare, placed) = bounded(if job.method.needs_statistics() { 0 } else { waiting });
+    let (settling, settled) = bounded(1);
     std::thread::scope(|scope| {
-        let to_root = outbox.clone();
-        let place = move || outbox.told(Placer { job, files, outbox: to_root, spare }.run(&tensors));
-        let placing = threads::scoped(scope, "place", place)?;
+        let placer = Placer { job, files, outbox: outbox.clone(), spare, settled: settling };
+        let placing = threads::scoped(scope, "place", move || outbox.told(placer.run(&tensors)))?;
         let (spare, quantized) = (HashMap::new(), HashMap::new());
         let mut finisher =
-            Finisher { backend, job, places, placed, spare, timeline, quantized, seconds: 0.0 };
+            Finisher { backend, job, places, placed, settled, spare, timeline, quantized, seconds: 0.0 };
         let finished = outbox.told(finisher.run(parts));
         let quantize = finisher.seconds;
         drop(finisher);
@@ -337,15 +339,18 @@ impl<B: Solver> Finisher<'_, B> {
 
     /// Waits until everything has been placed: a layer that was taken sooner would keep the walk waiting for the disk.
     fn settle(&self) -> Result<()> {
-        let (settled, all) = bounded(0);
-        self.place(ToPlace::Settled(settled))?;
-        let _ = all.recv();
-        Ok(())
+        self.place(ToPlace::Settle)?;
+        self.settled.recv().map_err(|_| placer_ended())
     }
 
     fn place(&self, tensor: ToPlace) -> Result<()> {
-        self.places.send(tensor).map_err(|_| Error::run("the writing thread ended early"))
+        self.places.send(tensor).map_err(|_| placer_ended())
     }
+}
+
+/// The thread that places tensors says why itself.
+fn placer_ended() -> Error {
+    Error::run("the writing thread ended early")
 }
 
 /// The norms and biases that folds change, in the dtypes of the source.

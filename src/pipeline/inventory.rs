@@ -97,6 +97,14 @@ impl Inventory {
         self.parts().flat_map(|part| &part.outputs)
     }
 
+    /// The names of the source's tensors that are used, by part in model order.
+    pub fn sources(&self) -> impl Iterator<Item = Vec<String>> {
+        self.parts().map(|part| {
+            let linears = part.quantized.iter().flat_map(|group| &group.members);
+            part.copied.iter().cloned().chain(linears.map(|linear| linear.weight())).collect()
+        })
+    }
+
     fn parts(&self) -> impl Iterator<Item = &Part> {
         std::iter::once(&self.head).chain(&self.layers).chain(std::iter::once(&self.tail))
     }

@@ -1,9 +1,7 @@
 //! What ranks tell each other while they work.
 
-use crossbeam_channel::Sender;
-
 use super::journal::{Observed, PartRecord};
-use crate::cluster::{Frame, Outgoing, Tag};
+use crate::cluster::{Frame, Tag, ToMain};
 use crate::error::{Error, Result};
 
 /// Hidden states of one micro-batch.
@@ -45,46 +43,36 @@ pub enum ToRoot {
 /// A stage's way out: to the next stage and to rank 0, over the main thread.
 #[derive(Clone)]
 pub struct Outbox {
-    sender: Sender<Outgoing>,
+    main: ToMain,
     next: Option<usize>,
 }
 
 impl Outbox {
     /// An outbox whose hidden states go to rank `next`.
-    pub fn new(sender: Sender<Outgoing>, next: Option<usize>) -> Outbox {
-        Outbox { sender, next }
+    pub fn new(main: ToMain, next: Option<usize>) -> Outbox {
+        Outbox { main, next }
     }
 
     /// Tells rank 0.
     pub fn event(&self, event: Event) -> Result<()> {
-        self.send(0, Tag::Root, Frame { head: head(&ToRoot::Event(event)), body: vec![] })
+        self.main.send(0, Tag::Root, Frame { head: head(&ToRoot::Event(event)), body: vec![] })
     }
 
-    /// Hands an output tensor to rank 0.
-    pub fn tensor(&self, name: &str, bytes: Vec<u8>) -> Result<()> {
-        let digest = blake3::hash(&bytes).to_hex().to_string();
-        let head = head(&ToRoot::Tensor { name: name.to_string(), digest });
-        self.send(0, Tag::Root, Frame { head, body: bytes })
+    /// Hands an output tensor to rank 0, with the digest of its bytes.
+    pub fn tensor(&self, name: &str, digest: &str, bytes: Vec<u8>) -> Result<()> {
+        let head = head(&ToRoot::Tensor { name: name.to_string(), digest: digest.to_string() });
+        self.main.send(0, Tag::Root, Frame { head, body: bytes })
     }
 
     /// Passes a micro-batch's hidden states on.
     pub fn hidden(&self, micro_batch: usize, bytes: Vec<u8>) -> Result<()> {
         let peer = self.next.ok_or_else(|| Error::run("there is no stage behind this one"))?;
-        self.send(peer, Tag::Hidden, Frame { head: micro_batch.to_le_bytes().to_vec(), body: bytes })
+        self.main.send(peer, Tag::Hidden, Frame { head: micro_batch.to_le_bytes().to_vec(), body: bytes })
     }
 
     /// What a thread came to. Others may notice much later that it has failed, so the job hears of it at once.
     pub fn told<T>(&self, result: Result<T>) -> Result<T> {
-        result.inspect_err(|error| {
-            // Where nobody listens any more, the job is ending already.
-            let _ = self.sender.send(Outgoing::Fail(error.clone()));
-        })
-    }
-
-    fn send(&self, peer: usize, tag: Tag, frame: Frame) -> Result<()> {
-        // The main thread keeps the receiver until this worker has ended, unless the job is failing.
-        let sent = self.sender.send(Outgoing::Message { peer, tag, frame });
-        sent.map_err(|_| Error::run("the job is ending because of another failure"))
+        result.inspect_err(|error| self.main.fail(error))
     }
 }
 

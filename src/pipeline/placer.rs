@@ -7,9 +7,9 @@ use std::time::Instant;
 use crossbeam_channel::{Receiver, Sender};
 
 use super::job::Job;
-use super::journal::{GroupRecord, PartId, PartRecord, digest, part_digest};
+use super::journal::{GroupRecord, PartId, PartRecord};
 use super::messages::{Event, Outbox};
-use crate::checkpoint::{OutputFiles, SourceTensor, first_not_finite};
+use crate::checkpoint::{OutTensor, OutputFiles, SourceTensor, digest, first_not_finite};
 use crate::error::{Error, Result};
 
 /// Something to be placed.
@@ -20,8 +20,8 @@ pub enum ToPlace {
     Copied(SourceTensor),
     /// All tensors of a part have been handed over.
     Part(PartId, Vec<GroupRecord>),
-    /// Nothing: dropped when all that came before has been placed.
-    Settled(Sender<()>),
+    /// Nothing: answered when all that came before has been placed.
+    Settle,
 }
 
 /// Writes tensors where this rank sees the output, and sends them to rank 0 where it doesn't.
@@ -35,6 +35,9 @@ pub struct Placer<'a> {
     /// Where memory that is no longer needed goes, for the next tensor: fresh pages cost more than the copy into
     /// them.
     pub spare: Sender<Vec<u8>>,
+    /// Answers to [`ToPlace::Settle`]. It is the placer's own, so that whoever waits for an answer hears of its end: a
+    /// sender in a message would stay in the channel, which keeps what was queued when its receiver is gone.
+    pub settled: Sender<()>,
 }
 
 impl Placer<'_> {
@@ -48,7 +51,7 @@ impl Placer<'_> {
             let started = Instant::now();
             match tensor {
                 ToPlace::Made(name, bytes) => {
-                    digests.insert(name.clone(), digest(&bytes));
+                    let digest = digest(&bytes);
                     match self.files {
                         Some(files) => {
                             files.write(&name, &bytes)?;
@@ -57,26 +60,29 @@ impl Placer<'_> {
                                 let _ = self.spare.try_send(bytes);
                             }
                         }
-                        None => self.outbox.tensor(&name, bytes)?,
+                        None => self.outbox.tensor(&name, &digest, bytes)?,
                     }
+                    digests.insert(name, digest);
                 }
                 // In place there is no need for a copy in memory: an embedding may be gigabytes.
                 ToPlace::Copied(source) => {
                     finite(self.job, &source)?;
-                    digests.insert(source.name.clone(), digest(source.bytes()));
+                    let digest = digest(source.bytes());
                     match self.files {
                         Some(files) => files.write(&source.name, source.bytes())?,
-                        None => self.outbox.tensor(&source.name, source.bytes().to_vec())?,
+                        None => self.outbox.tensor(&source.name, &digest, source.bytes().to_vec())?,
                     }
+                    digests.insert(source.name, digest);
                 }
                 ToPlace::Part(part, groups) => {
                     let tensors = &self.job.inventory.part(part).outputs;
-                    let digest = part_digest(tensors.iter().map(|tensor| {
+                    let digest_of = |tensor: &OutTensor| {
                         digests.remove(&tensor.name).expect("every tensor of a part comes before its end")
-                    }));
-                    self.outbox.event(Event::Finished(PartRecord { part, digest, groups }))?;
+                    };
+                    let digests = tensors.iter().map(digest_of).collect();
+                    self.outbox.event(Event::Finished(PartRecord { part, digests, groups }))?;
                 }
-                ToPlace::Settled(settled) => drop(settled),
+                ToPlace::Settle => drop(self.settled.send(())),
             }
             seconds += started.elapsed().as_secs_f64();
         }

@@ -1,25 +1,19 @@
 //! The output before the first layer: files at their final length, the journal, and which ranks see them.
 
 use std::collections::HashSet;
+use std::fs::{File, OpenOptions};
+use std::io::Read;
+use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 
 use serde_json::{Map, json};
 
-use super::inventory::Inventory;
-use super::journal::{
-    Fingerprint, History, JOURNAL, Journal, Observed, PartId, PartRecord, digest, part_digest,
-};
+use super::inventory::{Inventory, Part};
+use super::journal::{Fingerprint, GroupRecord, History, Journal, Line, Observed, PartId, PartRecord};
 use super::quantize::Options;
-use crate::checkpoint::{OutTensor, OutputDir, OutputFiles, Placement};
+use crate::checkpoint::{NONCE, OutTensor, OutputDir, OutputFiles, Placement, digest};
 use crate::cluster::Cluster;
 use crate::error::{Error, Result};
-
-/// A file with the run's name, the same after every `--resume`, and a word that is new each time: by this other ranks
-/// recognise that they see rank 0's directory and not one of the same name.
-const NONCE: &str = "distq-nonce";
-
-/// Files of the run that are not part of the output.
-pub const SCRATCH: [&str; 2] = [JOURNAL, NONCE];
 
 /// Rank 0's share: the directory and the journal.
 pub struct RootOutput {
@@ -56,6 +50,7 @@ pub fn place(
     dir: Option<OutputDir>,
     options: &Options,
     inventory: &Inventory,
+    documents: usize,
     fingerprint: &Fingerprint,
 ) -> Result<Placed> {
     let outputs: Vec<OutTensor> = inventory.outputs().cloned().collect();
@@ -70,7 +65,9 @@ pub fn place(
     let mut files = None;
     let prepared = cluster.from_root(|| {
         let dir = dir.expect("rank 0 has checked the output's directory");
-        let (output, opened, observed, nonce) = prepare(dir, inventory, &placement, fingerprint)?;
+        let forwarded = options.plan.calibrates();
+        let (output, opened, observed, nonce) =
+            prepare(dir, inventory, &placement, documents, forwarded, fingerprint)?;
         let done: Vec<PartId> = output.records.iter().map(|record| record.part).collect();
         let partial = output.dir.partial.clone();
         root = Some(output);
@@ -79,8 +76,11 @@ pub fn place(
     })?;
     let (partial, nonce, done, observed): (PathBuf, String, Vec<PartId>, Vec<Observed>) = prepared;
     if !cluster.is_root() && !options.gather && sees(&partial, &nonce) {
-        // A rank that sees the directory but may not write there goes through rank 0 like one that doesn't.
-        files = OutputFiles::open(&partial, &placement).ok();
+        files = OutputFiles::open(&partial, &placement)
+            .inspect_err(|error| {
+                tracing::warn!("{error}; this rank sends its tensors through rank 0, which takes longer")
+            })
+            .ok();
     }
     tracing::debug!(direct = files.is_some(), "output {}", partial.display());
     let run = run_of(&nonce).to_string();
@@ -88,38 +88,69 @@ pub fn place(
 }
 
 fn prepare(
-    dir: OutputDir,
+    mut dir: OutputDir,
     inventory: &Inventory,
     placement: &Placement,
+    documents: usize,
+    forwarded: bool,
     fingerprint: &Fingerprint,
 ) -> Result<(RootOutput, OutputFiles, Vec<Observed>, String)> {
+    let mut history = History::default();
+    if dir.resumed {
+        history =
+            History::read(dir.place(), fingerprint, forwarded, &|line| fits(line, inventory, documents))?;
+    }
     dir.create()?;
-    // The journal comes first: a run that dies while it reserves space can be resumed.
-    let (journal, History { records, observed }) = if dir.resumed {
-        Journal::resume(&dir.partial, fingerprint)?
-    } else {
-        (Journal::create(&dir.partial, fingerprint)?, History::default())
-    };
+    // Before the files: a run that dies while it reserves space can be resumed.
+    let begun = (!dir.resumed).then(|| Journal::create(&dir.partial, fingerprint)).transpose()?;
     let files = OutputFiles::create(&dir.partial, placement).inspect_err(|_| {
         // Nothing was computed yet, so nothing is worth resuming.
         if !dir.resumed {
-            let _ = std::fs::remove_dir_all(&dir.partial);
+            dir.discard();
         }
     })?;
     let mut whole = vec![];
-    for record in records {
-        if found(&files, inventory, record.part)? == record.digest {
+    for record in history.records {
+        if is_whole(&files, inventory.part(record.part), &record)? {
             whole.push(record);
         }
     }
+    history.records = whole;
+    let journal = match begun {
+        Some(journal) => journal,
+        None => Journal::resume(&dir.partial, fingerprint, &history)?,
+    };
     let now = std::time::SystemTime::now();
     let word = blake3::hash(format!("{}-{now:?}-{fingerprint:?}", std::process::id()).as_bytes()).to_hex();
+    let before = nonce_in(&dir.partial).unwrap_or_default();
+    // Hidden states are of the run whose name they carry, and of its weights.
+    let goes_on = dir.resumed && !before.is_empty() && !history.changed;
+    let nonce = format!("{} {word}", if goes_on { run_of(&before) } else { &word[..16] });
     let path = dir.partial.join(NONCE);
-    let before = std::fs::read_to_string(&path).unwrap_or_default();
-    let run = if dir.resumed && !before.is_empty() { run_of(&before) } else { &word[..16] };
-    let nonce = format!("{run} {word}");
     std::fs::write(&path, &nonce).map_err(|e| Error::run(format!("can't write: {e}")).file(&path))?;
-    Ok((RootOutput { dir, journal, records: whole }, files, observed, nonce))
+    let History { records, observed, .. } = history;
+    Ok((RootOutput { dir, journal, records }, files, observed, nonce))
+}
+
+/// Whether a line of the journal can be about this model and these documents.
+fn fits(line: &Line, inventory: &Inventory, documents: usize) -> bool {
+    let layers = inventory.layers.len();
+    match line {
+        Line::Finished(PartRecord { part: PartId::Layer(layer), .. }) if *layer >= layers => false,
+        Line::Finished(record) => {
+            let part = inventory.part(record.part);
+            let named = |group: &GroupRecord| {
+                let names = group.members.iter().map(|(name, _)| name);
+                part.quantized.iter().any(|known| names.clone().eq(known.members.iter().map(|l| &l.name)))
+            };
+            record.digests.len() == part.outputs.len() && record.groups.iter().all(named)
+        }
+        Line::Observed(Observed { layer, documents: seen, maxima }) => {
+            *layer < layers
+                && *seen <= documents
+                && maxima.iter().all(|amax| amax.is_finite() && *amax >= 0.0)
+        }
+    }
 }
 
 /// The run's name, which becomes a part of file names.
@@ -127,13 +158,29 @@ fn run_of(nonce: &str) -> &str {
     nonce.split(|c: char| !c.is_ascii_hexdigit()).next().unwrap_or_default()
 }
 
-/// The digest of a part as it stands in the files.
-fn found(files: &OutputFiles, inventory: &Inventory, part: PartId) -> Result<String> {
-    let tensors = &inventory.part(part).outputs;
-    let digests = tensors.iter().map(|tensor| Ok(digest(&files.read(&tensor.name)?)));
-    Ok(part_digest(digests.collect::<Result<Vec<_>>>()?))
+/// Whether the files hold what the record says.
+fn is_whole(files: &OutputFiles, part: &Part, record: &PartRecord) -> Result<bool> {
+    for (tensor, recorded) in part.outputs.iter().zip(&record.digests) {
+        if digest(&files.read(&tensor.name)?) != *recorded {
+            return Ok(false);
+        }
+    }
+    Ok(true)
 }
 
 fn sees(partial: &Path, nonce: &str) -> bool {
-    std::fs::read_to_string(partial.join(NONCE)).is_ok_and(|found| found == nonce)
+    nonce_in(partial).is_some_and(|found| found == nonce)
+}
+
+/// The nonce of a directory, which has less than a hundred characters whatever is found in its place.
+fn nonce_in(partial: &Path) -> Option<String> {
+    let mut options = OpenOptions::new();
+    let file: File = options
+        .read(true)
+        .custom_flags(libc::O_NOFOLLOW | libc::O_NONBLOCK)
+        .open(partial.join(NONCE))
+        .ok()?;
+    let mut text = String::new();
+    file.take(100).read_to_string(&mut text).ok()?;
+    Some(text)
 }

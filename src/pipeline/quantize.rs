@@ -1,13 +1,15 @@
 //! The whole job: survey, calibration data, output, stages, proof, publication.
 
+use std::collections::HashMap;
 use std::ops::Range;
 use std::path::{Path, PathBuf};
 use std::time::Instant;
 
+use super::inventory::Inventory;
 use super::job::Job;
 use super::journal::{Fingerprint, PartRecord};
 use super::messages::Outbox;
-use super::placing::{Placed, SCRATCH, place};
+use super::placing::{Placed, place};
 use super::prover::Prover;
 use super::root::Root;
 use super::routes::{Route, Routes, Station, routes};
@@ -16,7 +18,9 @@ use super::states::{self, Kept, States};
 use super::survey::{PlanOptions, Survey, survey};
 use crate::backend::{Device, OnBackend, Solver};
 use crate::calibration::{CalibOptions, Calibration, Sampling};
-use crate::checkpoint::{Existing, OutputDir, OutputFiles, copy_side_files, quantization_files};
+use crate::checkpoint::{
+    Existing, OutputDir, OutputFiles, copy_side_files, quantization_files, write_digests,
+};
 use crate::cluster::Cluster;
 use crate::error::{Error, Result};
 use crate::model::ModelConfig;
@@ -56,7 +60,9 @@ pub fn quantize(cluster: &Cluster, options: &Options) -> Result<()> {
     // First of all: nobody wants to learn after an hour that the output can't be where it should.
     let mut dir = None;
     cluster.from_root(|| {
-        dir = Some(OutputDir::check(&options.plan.model, &options.out, options.existing)?);
+        let checked = OutputDir::check(&options.plan.model, &options.out, options.existing)?;
+        options.reports.iter().try_for_each(|path| report::try_place(path, &checked.out))?;
+        dir = Some(checked);
         Ok(())
     })?;
     cluster.agree(options.plan.work_dir.as_deref().map_or(Ok(()), states::check))?;
@@ -67,7 +73,7 @@ pub fn quantize(cluster: &Cluster, options: &Options) -> Result<()> {
     })?;
     let fingerprint = fingerprint(options, &surveyed, &calibration);
     let Placed { placement, files, done, observed, run, root } =
-        place(cluster, dir, options, &surveyed.inventory, &fingerprint)?;
+        place(cluster, dir, options, &surveyed.inventory, calibration.lengths.len(), &fingerprint)?;
     if cluster.is_root() && !options.quiet {
         surveyed.notes.iter().for_each(|note| tracing::warn!("{note}"));
         tell(&surveyed.plan);
@@ -93,12 +99,13 @@ pub fn quantize(cluster: &Cluster, options: &Options) -> Result<()> {
     let prepared = started.elapsed().as_secs_f64();
 
     // The descriptions are known before the weights, and the proof reads them.
+    let mut described = vec![];
     let mut side_files = vec![];
     let mut prover = None;
     let local_ranks = cluster.local_ranks().iter().copied().collect();
     cluster.from_root(|| {
         let partial = &root.as_ref().expect("rank 0 has the output").dir.partial;
-        side_files = write_description(&job, options, partial, placement.index.as_ref())?;
+        (described, side_files) = write_description(&job, options, partial, placement.index.as_ref())?;
         if matches!(device, Device::Cuda(_)) {
             prover = Some(Prover::start(Proof::begin(partial, Some(&job.checkpoint.dir))?, local_ranks)?);
         }
@@ -148,6 +155,8 @@ pub fn quantize(cluster: &Cluster, options: &Options) -> Result<()> {
     cluster.from_root(|| {
         let (dir, root) = ear.expect("rank 0 has the output");
         let records = in_model_order(root.records);
+        let others = [described, side_files.clone()].concat();
+        write_digests(&dir.partial, &placement, &digests_of(&records, &job.inventory), &others)?;
         let proof = match root.prover {
             Some(prover) => prover.end(),
             None => Proof::begin(&dir.partial, Some(&job.checkpoint.dir))?,
@@ -215,7 +224,7 @@ fn finish(options: &Options, mut report: RunReport, dir: &OutputDir, started: In
             .file(&dir.partial)
             .fix("report this with the table above: the output was not published"));
     }
-    dir.publish(&SCRATCH)?;
+    dir.publish()?;
     report.seconds.total = started.elapsed().as_secs_f64();
     for path in &options.reports {
         report.write(path)?;
@@ -245,6 +254,7 @@ fn fingerprint(options: &Options, survey: &Survey, calibration: &Calibration) ->
     Fingerprint {
         version: env!("CARGO_PKG_VERSION").to_string(),
         model: survey.checkpoint.digest(),
+        weights: survey.weights.clone(),
         data: calibration.summary.digest.clone(),
         options: format!(
             "layout {}, scheme {}, method {}, shards of {}, leaving {}",
@@ -262,14 +272,26 @@ fn in_model_order(mut records: Vec<PartRecord>) -> Vec<PartRecord> {
     records
 }
 
-/// config.json and what else stands beside the weights; returns the names of the files carried over.
+/// The digests of the tensors of these parts, by name.
+fn digests_of(records: &[PartRecord], inventory: &Inventory) -> HashMap<String, String> {
+    let of = |record: &PartRecord| {
+        let names = inventory.part(record.part).outputs.iter().map(|tensor| tensor.name.clone());
+        names.zip(record.digests.clone()).collect::<Vec<_>>()
+    };
+    records.iter().flat_map(of).collect()
+}
+
+/// config.json and what else stands beside the weights; returns the names of the files that were made, and of those
+/// carried over.
 fn write_description(
     job: &Job,
     options: &Options,
     dir: &std::path::Path,
     index: Option<&serde_json::Value>,
-) -> Result<Vec<String>> {
-    let write = |name: &str, value: &serde_json::Value| {
+) -> Result<(Vec<String>, Vec<String>)> {
+    let mut made = vec![];
+    let mut write = |name: &str, value: &serde_json::Value| {
+        made.push(name.to_string());
         let path = dir.join(name);
         let text = serde_json::to_string_pretty(value).expect("JSON values serialize") + "\n";
         std::fs::write(&path, text).map_err(|e| {
@@ -285,7 +307,8 @@ fn write_description(
     if let Some(index) = index {
         write("model.safetensors.index.json", index)?;
     }
-    copy_side_files(&job.checkpoint.dir, dir)
+    let carried = copy_side_files(&job.checkpoint.dir, dir)?;
+    Ok((made, carried))
 }
 
 /// One rank's part of the walk: a worker computes, the main thread moves messages.
@@ -314,7 +337,7 @@ impl OnBackend for Walk<'_, '_> {
                 Stage { backend, job, slice, mode, group, routes, states, timeline, incoming, outbox }
                     .run(files)
             },
-            &mut |peer, frame| match &mut root {
+            |peer, frame| match &mut root {
                 Some(root) => root.take(peer, frame),
                 None => Err(Error::run(format!("rank {peer} sent a message that is not for this rank"))),
             },

@@ -4,11 +4,14 @@
 //! A file holds the hidden states of consecutive documents before a decoder layer: rows `[tokens, hidden]` in the
 //! compute dtype, then the blake3 of its name and its rows. The name says which run, layer and documents, so a file
 //! of another run, another place or a torn write is never taken. Files are written under another name and renamed.
+//!
+//! They hold what the calibration data says, and `--work-dir` may be open to others: a run's files are in a directory of
+//! its own that only its user may enter, under names that can't be guessed until they are complete.
 
 use std::fs::{self, File};
 use std::io::Write;
 use std::ops::Range;
-use std::os::unix::fs::FileExt;
+use std::os::unix::fs::{DirBuilderExt, FileExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex};
 use std::thread::JoinHandle;
@@ -53,9 +56,10 @@ impl Kept {
 
 /// The kept hidden states of one run, as one rank sees them.
 pub struct States {
+    /// The run's own directory.
     dir: PathBuf,
-    /// What files of this run begin with.
-    prefix: String,
+    /// Who owns what this process writes there.
+    owner: u32,
     compute: Compute,
     /// Bytes of a token's hidden state.
     row: usize,
@@ -75,9 +79,36 @@ pub fn check(dir: &Path) -> Result<()> {
             .file(dir)
             .fix("create it on every host, or name another"));
     }
-    let probe = dir.join(format!("{PREFIX}probe-{}", std::process::id()));
-    let tried = fs::write(&probe, "x").and_then(|()| fs::remove_file(&probe));
+    let tried = temporary(dir).and_then(|mut probe| probe.write_all(b"x"));
     tried.map_err(|e| failed("can't write in --work-dir", dir, e))
+}
+
+/// A file of a random name that did not exist, for this user alone; removed when dropped.
+fn temporary(dir: &Path) -> std::io::Result<tempfile::NamedTempFile> {
+    tempfile::Builder::new().prefix(PREFIX).suffix(UNFINISHED).tempfile_in(dir)
+}
+
+/// Makes a run's directory, for this user alone, where it is not there; returns who owns what is written in it.
+///
+/// # Errors
+/// Exit code 5 where the file system refuses, or where others may write there.
+fn make_own(dir: &Path) -> Result<u32> {
+    match fs::DirBuilder::new().mode(0o700).create(dir) {
+        Err(e) if e.kind() != std::io::ErrorKind::AlreadyExists => {
+            return Err(failed("can't create a directory in --work-dir", dir, e));
+        }
+        _ => {}
+    }
+    let found = fs::symlink_metadata(dir).map_err(|e| failed("can't use --work-dir", dir, e))?;
+    // The user by which a file system knows this process: of root, some make nobody.
+    let probe = temporary(dir).and_then(|file| file.as_file().metadata());
+    let owner = probe.map_err(|e| failed("can't write in --work-dir", dir, e))?.uid();
+    if !found.is_dir() || found.uid() != owner || found.mode() & 0o022 != 0 {
+        return Err(Error::run("others may write in this run's directory")
+            .file(dir)
+            .fix("remove it, or name another --work-dir"));
+    }
+    Ok(owner)
 }
 
 impl States {
@@ -92,19 +123,17 @@ impl States {
             *sum += length;
             Some(*sum)
         }));
+        let own = dir.join(format!("{PREFIX}{id}"));
         let states = States {
-            dir: dir.to_path_buf(),
-            prefix: format!("{PREFIX}{id}-"),
+            owner: make_own(&own)?,
+            dir: own,
             compute,
             row: hidden * compute.bytes(),
             starts,
             files: Arc::default(),
         };
         states.remove(|name| name.ends_with(UNFINISHED))?;
-        let others: u64 = (states.names()?.iter())
-            .filter(|name| !name.starts_with(&states.prefix))
-            .map(|name| fs::metadata(dir.join(name)).map_or(0, |file| file.len()))
-            .sum();
+        let others = of_others(dir, &states.dir);
         if others > 0 {
             tracing::warn!(
                 "{}: {} are hidden states of other runs, and not used; remove them if those are not to be resumed",
@@ -156,7 +185,10 @@ impl States {
     /// Exit code 5 where the directory refuses.
     pub fn clear(&self) -> Result<()> {
         self.lock().clear();
-        self.remove(|_| true)
+        self.remove(|_| true)?;
+        // Another rank may have files in it still, which it removes itself, or have been faster.
+        let _ = fs::remove_dir(&self.dir);
+        Ok(())
     }
 
     /// Begins a file on a thread of its own. When it is complete, older states of its documents are removed but for
@@ -170,7 +202,6 @@ impl States {
         let writer = Writer {
             path: self.path(&kept),
             dir: self.dir.clone(),
-            prefix: self.prefix.clone(),
             bytes: self.bytes(&kept.documents),
             files: self.files.clone(),
             protected,
@@ -190,7 +221,7 @@ impl States {
         let path = self.path(&kept);
         let before = self.bytes(&(kept.documents.start..documents.start));
         bytes.resize(self.bytes(documents) as usize, 0);
-        let read = File::open(&path).and_then(|file| file.read_exact_at(bytes, before));
+        let read = self.own_file(&path).and_then(|file| file.read_exact_at(bytes, before));
         read.map_err(|e| failed("can't read hidden states", &path, e))
     }
 
@@ -202,7 +233,7 @@ impl States {
     /// Whether a file is what its name says. One with NaN or infinity is not taken: the health check ended that run,
     /// and when the source has been repaired they are wrong.
     fn is_whole(&self, kept: &Kept) -> std::io::Result<bool> {
-        let (file, bytes) = (File::open(self.path(kept))?, self.bytes(&kept.documents));
+        let (file, bytes) = (self.own_file(&self.path(kept))?, self.bytes(&kept.documents));
         if file.metadata()?.len() != bytes + DIGEST as u64 {
             return Ok(false);
         }
@@ -220,13 +251,24 @@ impl States {
         Ok(finite && digest.finalize().as_bytes() == &stored)
     }
 
+    /// Opens a file that this user wrote.
+    fn own_file(&self, path: &Path) -> std::io::Result<File> {
+        let mut options = File::options();
+        let file = options.read(true).custom_flags(libc::O_NOFOLLOW | libc::O_NONBLOCK).open(path)?;
+        let found = file.metadata()?;
+        match found.is_file() && found.uid() == self.owner {
+            true => Ok(file),
+            false => Err(std::io::Error::other("another user wrote it, or it is not a file")),
+        }
+    }
+
     fn path(&self, kept: &Kept) -> PathBuf {
-        path(&self.dir, &self.prefix, kept)
+        path(&self.dir, kept)
     }
 
     /// What a name of this run stands for.
     fn parse(&self, name: &str) -> Option<Kept> {
-        let numbers = name.strip_prefix(&self.prefix)?.strip_suffix(SUFFIX)?;
+        let numbers = name.strip_suffix(SUFFIX)?;
         let numbers: Vec<usize> = numbers.split('-').map(str::parse).collect::<Result<_, _>>().ok()?;
         match numbers[..] {
             [layer, start, end] if start < end && end < self.starts.len() => {
@@ -236,18 +278,17 @@ impl States {
         }
     }
 
-    /// Names of hidden states in the directory, of this run and of others.
+    /// Names in the run's directory; none where another rank has removed it.
     fn names(&self) -> Result<Vec<String>> {
-        let listed = fs::read_dir(&self.dir).map_err(|e| failed("can't list --work-dir", &self.dir, e))?;
-        let names = listed.filter_map(|entry| entry.ok()?.file_name().into_string().ok());
-        let ours = |name: &String| {
-            name.starts_with(PREFIX) && (name.ends_with(SUFFIX) || name.ends_with(UNFINISHED))
+        let listed = match fs::read_dir(&self.dir) {
+            Err(e) if e.kind() == std::io::ErrorKind::NotFound => return Ok(vec![]),
+            listed => listed.map_err(|e| failed("can't list --work-dir", &self.dir, e))?,
         };
-        Ok(names.filter(ours).collect())
+        Ok(listed.filter_map(|entry| entry.ok()?.file_name().into_string().ok()).collect())
     }
 
     fn remove(&self, which: impl Fn(&str) -> bool) -> Result<()> {
-        for name in self.names()?.iter().filter(|name| name.starts_with(&self.prefix) && which(name)) {
+        for name in self.names()?.iter().filter(|name| which(name)) {
             remove(&self.dir.join(name)).map_err(|e| failed("can't remove", &self.dir.join(name), e))?;
         }
         Ok(())
@@ -285,7 +326,6 @@ impl Snapshot {
 struct Writer {
     path: PathBuf,
     dir: PathBuf,
-    prefix: String,
     /// Of all rows.
     bytes: u64,
     files: Arc<Mutex<Vec<Kept>>>,
@@ -295,19 +335,16 @@ struct Writer {
 
 impl Writer {
     fn run(self, rows: &Receiver<Vec<u8>>) -> Result<()> {
-        let unfinished = self.path.with_extension(format!("{}{UNFINISHED}", std::process::id()));
-        let written = self.write(&unfinished, rows);
-        if matches!(written, Ok(true)) {
-            return self.supersede();
+        match self.write(rows) {
+            Ok(true) => self.supersede(),
+            Ok(false) => Ok(()),
+            Err(e) => Err(failed("can't keep hidden states", &self.path, e)),
         }
-        // What is not whole serves nobody; the first error is the one to report.
-        let _ = remove(&unfinished);
-        written.map(|_| ()).map_err(|e| failed("can't keep hidden states", &self.path, e))
     }
 
-    /// Whether the file is complete: not where rows are missing because the run ended.
-    fn write(&self, unfinished: &Path, rows: &Receiver<Vec<u8>>) -> std::io::Result<bool> {
-        let mut file = File::create(unfinished)?;
+    /// Whether the file is complete: not where rows are missing because the run ended. Where it isn't, nothing stays.
+    fn write(&self, rows: &Receiver<Vec<u8>>) -> std::io::Result<bool> {
+        let mut file = temporary(&self.dir)?;
         let (mut digest, mut bytes) = (seeded(&self.path), 0);
         for rows in rows {
             digest.update(&rows);
@@ -318,7 +355,7 @@ impl Writer {
             return Ok(false);
         }
         file.write_all(digest.finalize().as_bytes())?;
-        fs::rename(unfinished, &self.path)?;
+        file.persist(&self.path)?;
         Ok(true)
     }
 
@@ -329,7 +366,7 @@ impl Writer {
         let newest = files.iter().filter(|kept| older(kept)).map(|kept| kept.layer).max().unwrap_or(0);
         let out = |kept: &Kept| older(kept) && kept.layer < newest && kept.layer > self.protected;
         for kept in files.iter().filter(|kept| out(kept)) {
-            let path = path(&self.dir, &self.prefix, kept);
+            let path = path(&self.dir, kept);
             remove(&path).map_err(|e| failed("can't remove", &path, e))?;
         }
         files.retain(|kept| !out(kept) && *kept != self.kept);
@@ -338,15 +375,28 @@ impl Writer {
     }
 }
 
-fn path(dir: &Path, prefix: &str, Kept { layer, documents }: &Kept) -> PathBuf {
-    dir.join(format!("{prefix}{layer}-{}-{}{SUFFIX}", documents.start, documents.end))
+fn path(dir: &Path, Kept { layer, documents }: &Kept) -> PathBuf {
+    dir.join(format!("{layer}-{}-{}{SUFFIX}", documents.start, documents.end))
 }
 
-/// The digest of a file's name, to go on with its rows.
+/// The digest of a file's name and of the run's, to go on with its rows.
 fn seeded(path: &Path) -> blake3::Hasher {
     let mut digest = blake3::Hasher::new();
-    digest.update(path.file_name().expect("files have names").as_encoded_bytes());
+    for name in [path.parent().and_then(Path::file_name), path.file_name()].into_iter().flatten() {
+        digest.update(name.as_encoded_bytes()).update(b"/");
+    }
     digest
+}
+
+/// Bytes of hidden states that other runs have in `dir`, as far as this user may look.
+fn of_others(dir: &Path, own: &Path) -> u64 {
+    let runs = fs::read_dir(dir).into_iter().flatten().flatten().map(|entry| entry.path());
+    let others = runs.filter(|path| {
+        path != own && path.file_name().is_some_and(|name| name.to_string_lossy().starts_with(PREFIX))
+    });
+    let files = others.flat_map(|run| fs::read_dir(run).into_iter().flatten().flatten());
+    let states = files.filter(|file| file.file_name().to_string_lossy().ends_with(SUFFIX));
+    states.filter_map(|file| Some(file.metadata().ok()?.len())).sum()
 }
 
 fn all_finite(rows: &[u8], compute: Compute) -> bool {
@@ -395,7 +445,12 @@ mod tests {
     }
 
     fn layers(states: &States) -> Vec<usize> {
-        open(&states.dir, "a").find(&(0..100)).unwrap().iter().map(|kept| kept.layer).collect()
+        open(states.dir.parent().unwrap(), "a")
+            .find(&(0..100))
+            .unwrap()
+            .iter()
+            .map(|kept| kept.layer)
+            .collect()
     }
 
     #[test]
@@ -418,19 +473,23 @@ mod tests {
     #[test]
     fn damaged_renamed_foreign_and_short_files_are_not_taken() {
         let dir = tempfile::tempdir().unwrap();
-        let states = open(dir.path(), "a");
-        let path = states.path(&Kept { layer: 3, documents: 0..4 });
+        let path = open(dir.path(), "a").path(&Kept { layer: 3, documents: 0..4 });
         let damage: [&dyn Fn(); 4] = [
             &|| {
                 let mut bytes = fs::read(&path).unwrap();
                 bytes[7] ^= 1;
                 fs::write(&path, bytes).unwrap();
             },
-            &|| fs::rename(&path, states.path(&Kept { layer: 4, documents: 0..4 })).unwrap(),
-            &|| fs::rename(&path, path.to_str().unwrap().replace("-a-", "-b-")).unwrap(),
+            &|| fs::rename(&path, path.with_file_name(format!("4-0-4{SUFFIX}"))).unwrap(),
+            &|| {
+                let other = open(dir.path(), "b");
+                keep(&other, 3, 0..4);
+                fs::rename(other.path(&Kept { layer: 3, documents: 0..4 }), &path).unwrap();
+            },
             &|| File::options().write(true).open(&path).unwrap().set_len(50).unwrap(),
         ];
         for (number, damage) in damage.iter().enumerate() {
+            let states = open(dir.path(), "a");
             keep(&states, 3, 0..4);
             damage();
             assert_eq!(layers(&states), Vec::<usize>::new(), "{number}");
@@ -466,8 +525,31 @@ mod tests {
             let snapshot = states.begin(Kept { layer: 1, documents: 0..4 }, 0).unwrap();
             snapshot.take(bytes);
             snapshot.finish().unwrap();
-            assert_eq!(fs::read_dir(dir.path()).unwrap().count(), files);
+            assert_eq!(states.names().unwrap().len(), files);
             assert_eq!(layers(&states), Vec::<usize>::new());
+        }
+    }
+
+    #[test]
+    fn nobody_else_can_read_what_is_kept_or_put_anything_in_its_place() {
+        let dir = tempfile::tempdir().unwrap();
+        let states = open(dir.path(), "a");
+        keep(&states, 3, 0..4);
+        let path = states.path(&Kept { layer: 3, documents: 0..4 });
+        let mode = |path: &Path| fs::metadata(path).unwrap().mode() & 0o777;
+        assert_eq!((mode(&states.dir), mode(&path)), (0o700, 0o600));
+        // The same bytes behind a link, and a directory that others made or may write in.
+        let elsewhere = dir.path().join("elsewhere");
+        fs::rename(&path, &elsewhere).unwrap();
+        std::os::unix::fs::symlink(&elsewhere, &path).unwrap();
+        assert_eq!(layers(&states), Vec::<usize>::new());
+        let (link, open_to_all) = (dir.path().join("distq-b"), dir.path().join("distq-c"));
+        std::os::unix::fs::symlink(&states.dir, link).unwrap();
+        fs::DirBuilder::new().mode(0o700).create(&open_to_all).unwrap();
+        fs::set_permissions(&open_to_all, std::os::unix::fs::PermissionsExt::from_mode(0o777)).unwrap();
+        for id in ["b", "c"] {
+            let refused = States::open(dir.path(), id, Compute::Bf16, 4, &LENGTHS).err().unwrap();
+            assert!(refused.to_string().contains("others may write"), "{refused}");
         }
     }
 

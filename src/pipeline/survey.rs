@@ -54,6 +54,8 @@ pub struct Survey {
     pub model: ModelConfig,
     /// What goes in and what comes out.
     pub inventory: Inventory,
+    /// Digest of a sample of the weights, by part of the model.
+    pub weights: Vec<String>,
     /// This rank's machine.
     pub machine: Machine,
     /// This rank's device.
@@ -78,11 +80,13 @@ pub fn survey(
 ) -> Result<Survey> {
     let opened = cluster.agree(cluster.attend(|| open(options)))?;
     let (checkpoint, model, inventory) = opened;
-    let digests = cluster.all_gather(&checkpoint.digest())?;
+    let weights = cluster.agree(cluster.attend(|| checkpoint.sample(inventory.sources())))?;
+    let whole = blake3::hash(weights.concat().as_bytes()).to_hex();
+    let digests = cluster.all_gather(&(checkpoint.digest(), whole.to_string()))?;
     let odd = digests.iter().position(|digest| *digest != digests[0]);
     cluster.agree(match odd {
         Some(rank) if cluster.rank() == rank => {
-            Err(Error::input("this rank sees another model than rank 0: config.json or the tensors differ")
+            Err(Error::input("this rank sees another model than rank 0: config.json or the weights differ")
                 .file(&checkpoint.dir)
                 .fix("give every host the same checkpoint"))
         }
@@ -173,7 +177,16 @@ pub fn survey(
             options.layers_per_rank.as_deref(),
         )
     })?;
-    Ok(Survey { checkpoint, model, inventory, machine, device, micro_batches: batches, plan: planned, notes })
+    Ok(Survey {
+        checkpoint,
+        model,
+        inventory,
+        weights,
+        machine,
+        device,
+        micro_batches: batches,
+        plan: planned,
+    })
 }
 
 /// Ranks whose rates are the same.

@@ -199,7 +199,14 @@ impl<'a, B: Solver> Walk<'a, B> {
             let weights = match resident[slot].take() {
                 None if visit.needs_weights => {
                     let loaded = loaded.recv().map_err(|_| Error::run("the loading thread ended early"))?;
-                    Some(Arc::new(loaded?.1))
+                    let (layer, weights) = loaded?;
+                    if layer != visit.layer {
+                        return Err(Error::run(format!(
+                            "layer {layer} was loaded where layer {} is due; please report this",
+                            visit.layer
+                        )));
+                    }
+                    Some(Arc::new(weights))
                 }
                 weights => weights,
             };

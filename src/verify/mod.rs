@@ -1,11 +1,12 @@
 //! Proof of an output directory: the rules that loaders rely on, and the distance to the source.
 //!
 //! Everything is read again from disk; nothing that the writer believed is taken over. The rules are named
-//! as users find them in the report: A1 to A18 (compressed-tensors, most of them shared), B1 to B8
+//! as users find them in the report: A1 to A19 (compressed-tensors, most of them shared), B1 to B8
 //! (ModelOpt), S1 to S4 (against the source).
 
 mod config_rules;
 mod description;
+mod digests;
 mod file_rules;
 mod folds;
 mod report;
@@ -121,7 +122,7 @@ impl Proof {
         if sound(&results, &["A3", "A4", "A5", "A10", "B3"]) && readable(&subject, &results) {
             subject.scan();
         }
-        for stage in [scale_rules::RULES, source_rules::RULES] {
+        for stage in [scale_rules::RULES, source_rules::RULES, digests::RULES] {
             judge(&subject, stage, &mut results);
         }
         if let Some(error) = subject.source.as_ref().and_then(|source| source.trouble()) {

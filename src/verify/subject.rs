@@ -27,7 +27,8 @@ pub struct Found {
     pub dtype: Dtype,
     /// Shape.
     pub shape: Vec<usize>,
-    offset: u64,
+    /// Its first byte in the file.
+    pub offset: u64,
     /// Length in bytes.
     pub bytes: u64,
 }

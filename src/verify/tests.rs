@@ -256,6 +256,10 @@ const CASES: &[Case] = &[
             (shape[0], _) = (32, bytes.truncate(64));
         })
     }),
+    ("A19", Level::Error, CT, |g| {
+        let files = json!({"config.json": "another digest", "model.safetensors": {}});
+        g.write_json("digests.json", &json!({"algorithm": "blake3", "files": files}))
+    }),
     ("A6", Level::Error, CT, |g| g.bytes(&format!("{O}.input_global_scale"), |b| b.fill(0))),
     ("A6", Level::Warning, CT, |g| {
         // An input of the size of 1e5 is legal and odd.

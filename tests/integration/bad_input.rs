@@ -333,7 +333,7 @@ fn outputs_that_can_not_be_written_are_refused() {
 }
 
 /// Runs mpirun with these arguments, where `DISTQ` stands for the binary: exit code and distq's messages.
-fn launch(arguments: &str) -> (Option<i32>, Vec<String>) {
+pub fn launch(arguments: &str) -> (Option<i32>, Vec<String>) {
     let arguments = arguments.replace("DISTQ", env!("CARGO_BIN_EXE_distq"));
     let output = mpirun().args(arguments.split_whitespace()).output().unwrap();
     let stderr = String::from_utf8_lossy(&output.stderr).into_owned();

@@ -185,8 +185,8 @@ fn a_source_that_can_not_be_read_is_told_from_a_wrong_output() {
     for (way, rank) in [("map", 1), ("read", 0)] {
         let scene = Scene::new();
         let run = |out: &str| scene.quantize(out).args(["--method", "max"]);
-        // What the plan reads to learn the disk's rate is at most 32 reads.
-        let bad = format!("SHIM_FILE=model/model.safetensors SHIM_READ={way} SHIM_READS=32");
+        // To learn which model it is, a rank reads each of its 57 tensors, and the disk's rate is at most 32 reads.
+        let bad = format!("SHIM_FILE=model/model.safetensors SHIM_READ={way} SHIM_READS=89");
         let ended = run("out").ranks(3).broken(rank, &bad).run();
         assert_eq!((ended.code, ended.messages().len()), (5, 1), "{way}: {}", ended.stderr);
         let message = ended.messages()[0];
@@ -196,4 +196,68 @@ fn a_source_that_can_not_be_read_is_told_from_a_wrong_output() {
         run("expected").succeed();
         assert_eq!(digests(&scene.path("out")), digests(&scene.path("expected")), "{way}");
     }
+}
+
+/// A rank alone whose layers come one at a time, while groups of micro-batches pass: everything waits for everything.
+#[test]
+fn a_disk_that_fills_up_ends_a_streamed_run_at_once() {
+    let scene = Scene::lasting(0.5);
+    let run = |memory: &str| quantize(&scene, "out").args(["--memory-per-rank", memory]);
+    let refused = run("1MiB").run();
+    let least = refused.stderr.split("needs up to ").nth(1).unwrap().split(' ').next().unwrap();
+    let memory = format!("{}KiB", (1024.0 * (least.parse::<f64>().unwrap() + 0.1)) as u64);
+    let streamed = scene.path("report.json");
+    run(&memory).args(["--report"]).arg(&streamed).succeed();
+    let report: serde_json::Value = serde_json::from_slice(&fs::read(streamed).unwrap()).unwrap();
+    let stage = &report["plan"]["stages"][0];
+    assert!(stage["mode"] == "streamed" && stage["group"].as_u64().unwrap() < 20, "{stage}");
+    fs::rename(scene.path("out"), scene.path("expected")).unwrap();
+    let started = Instant::now();
+    let ended = run(&memory).broken(0, "SHIM_FILE=out.partial/model SHIM_WRITE=60000").run();
+    assert_eq!((ended.code, ended.messages().len()), (5, 1), "{}", ended.stderr);
+    assert!(ended.messages()[0].contains("No space left"), "{}", ended.stderr);
+    assert!(started.elapsed() < Duration::from_secs(60));
+    run(&memory).args(["--resume"]).succeed();
+    assert_eq!(digests(&scene.path("out")), digests(&scene.path("expected")));
+}
+
+#[test]
+fn a_slow_disk_of_rank_0_does_not_make_it_silent() {
+    let scene = Scene::new();
+    let run =
+        |out: &str| scene.quantize(out).args(["--method", "max", "--gather", "--link-timeout", "3"]).ranks(2);
+    run("out").broken(0, "SHIM_FILE=out.partial/model SHIM_SLOW=5").succeed();
+    run("expected").succeed();
+    assert_eq!(digests(&scene.path("out")), digests(&scene.path("expected")));
+}
+
+#[test]
+fn an_output_that_can_not_be_published_is_published_by_resuming() {
+    let scene = Scene::new();
+    scene.quantize("expected").args(["--method", "max"]).succeed();
+    let report = scene.path("report.json");
+    for fault in ["SHIM_FILE=out.partial SHIM_RENAME=1", "SHIM_FILE=out.partial SHIM_SYNC=1"] {
+        let run = scene.quantize("out").args(["--method", "max", "--report"]).arg(&report);
+        let ended = run.clone().broken(0, fault).run();
+        assert_eq!((ended.code, ended.messages().len()), (5, 1), "{fault}: {}", ended.stderr);
+        assert!(ended.messages()[0].contains("--resume"), "{fault}: {}", ended.stderr);
+        assert!(!scene.path("out").exists() && !report.exists(), "{fault}");
+        run.args(["--resume"]).succeed();
+        assert_eq!(digests(&scene.path("out")), digests(&scene.path("expected")), "{fault}");
+        let text: serde_json::Value = serde_json::from_slice(&fs::read(&report).unwrap()).unwrap();
+        assert_eq!(text["ranks"][0]["phases"]["passes"], 0, "nothing is computed again");
+        fs::remove_file(&report).unwrap();
+        fs::remove_dir_all(scene.path("out")).unwrap();
+    }
+}
+
+#[test]
+fn a_rank_that_can_not_open_the_output_says_that_it_goes_through_rank_0() {
+    let scene = Scene::new();
+    let run = |out: &str| scene.quantize(out).args(["--method", "max"]);
+    let ended = run("out").ranks(2).broken(1, "SHIM_FILE=out.partial/model SHIM_OPEN=1").succeed();
+    let said = ended.stdout + &ended.stderr;
+    assert!(said.contains("Too many open files") && said.contains("through rank 0"), "{said}");
+    run("expected").broken(0, "SHIM_SPACE=unknown").succeed();
+    assert_eq!(digests(&scene.path("out")), digests(&scene.path("expected")));
 }

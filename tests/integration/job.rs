@@ -4,7 +4,10 @@ use std::fs;
 
 use serde_json::Value;
 
-use crate::support::{Distq, Scene, digests};
+use distq::verify::Level;
+
+use crate::bad_input::launch;
+use crate::support::{Distq, Scene, digests, signal};
 
 /// Runs until a weight of `layer` turns out to be NaN, then repairs the source: a run that died on the way.
 fn stop_in_layer(scene: &Scene, layer: usize, method: &str) {
@@ -64,6 +67,120 @@ fn resuming_something_else_is_refused_with_the_reason() {
     config["rope_theta"] = 5000.0.into();
     scene.write_config(&config);
     refused(scene.quantize("out"), "model");
+}
+
+/// Another fine-tune of the same base: some linears of one layer, and nothing else, differ by a little.
+fn tune(scene: &Scene, layer: usize) {
+    scene.change_weights(|tensors| {
+        for name in ["self_attn.q_proj", "mlp.up_proj"] {
+            let (_, _, bytes) = tensors.get_mut(&format!("model.layers.{layer}.{name}.weight")).unwrap();
+            for value in bytes.chunks_exact_mut(2) {
+                let tuned = half::bf16::from_le_bytes([value[0], value[1]]).to_f32() * 1.02;
+                value.copy_from_slice(&half::bf16::from_f32(tuned).to_le_bytes());
+            }
+        }
+    });
+}
+
+#[test]
+fn layers_of_two_models_are_never_mixed() {
+    for method in ["max", "best"] {
+        let scene = Scene::new();
+        stop_in_layer(&scene, 3, method);
+        let resume = scene.quantize("out").args(["--method", method, "--resume"]);
+        tune(&scene, 1);
+        let ended = resume.run();
+        assert_eq!(ended.code, 2, "{}", ended.stderr);
+        assert!(ended.messages()[0].contains("the model differs"), "{}", ended.stderr);
+        // What is finished does not depend on the last layer.
+        let scene = Scene::new();
+        stop_in_layer(&scene, 3, method);
+        tune(&scene, 5);
+        scene.quantize("out").args(["--method", method, "--resume"]).succeed();
+        scene.quantize("expected").args(["--method", method]).succeed();
+        assert_eq!(digests(&scene.path("out")), digests(&scene.path("expected")), "{method}");
+    }
+    let (scene, other) = (Scene::new(), Scene::new());
+    tune(&other, 5);
+    let rank = |scene: &Scene| format!("-np 1 DISTQ plan {} --scheme nvfp4a16", scene.model().display());
+    let (code, messages) = launch(&format!("{} : {}", rank(&scene), rank(&other)));
+    assert_eq!((code, messages.len()), (Some(3), 1), "{messages:?}");
+    assert!(messages[0].contains("rank 1") && messages[0].contains("another model"), "{messages:?}");
+}
+
+#[test]
+fn a_second_run_on_an_output_is_refused_while_the_first_goes_on() {
+    let scene = Scene::lasting(1.0);
+    let run = || scene.quantize("out").args(["--method", "max", "--calib-samples", "100000"]);
+    let first = run().start();
+    scene.until_finished(1, &first);
+    signal("-STOP", first.pid());
+    for second in ["--resume", "--overwrite"] {
+        let ended = run().args([second]).run();
+        let holder = format!("process {} on host", first.pid());
+        assert_eq!(ended.code, 2, "{}", ended.stderr);
+        assert!(ended.messages()[0].contains(&holder), "{}", ended.stderr);
+    }
+    signal("-CONT", first.pid());
+    assert_eq!(first.wait().code, 0);
+    run().args(["--overwrite"]).succeed();
+}
+
+#[test]
+fn overwriting_leaves_alone_what_is_no_checkpoint() {
+    let scene = Scene::new();
+    fs::create_dir_all(scene.path("out/src")).unwrap();
+    fs::write(scene.path("out/thesis.tex"), "x").unwrap();
+    let ended = scene.quantize("out").args(["--overwrite"]).run();
+    assert_eq!(ended.code, 2, "{}", ended.stderr);
+    assert!(scene.path("out/thesis.tex").exists() && scene.path("out/src").exists());
+    let ended = Distq::new(&["quantize"]).arg(scene.model()).arg("/").run();
+    assert_eq!(ended.code, 2, "{}", ended.stderr);
+}
+
+#[test]
+fn a_place_that_is_no_use_for_a_report_is_named_before_anything_is_made() {
+    let scene = Scene::new();
+    fs::create_dir(scene.path("folder")).unwrap();
+    for place in ["folder", "nowhere/report.json"] {
+        let ended = scene.quantize("out").arg("--report").arg(scene.path(place)).ranks(2).run();
+        assert_eq!((ended.code, ended.messages().len()), (2, 1), "{}", ended.stderr);
+        assert!(ended.messages()[0].contains("--report"), "{}", ended.stderr);
+        assert!(!scene.path("out").exists() && !scene.path("out.partial").exists());
+    }
+}
+
+#[test]
+fn every_flipped_bit_of_an_output_is_found_without_the_source() {
+    let scene = Scene::new();
+    fs::write(scene.model().join("chat_template.jinja"), "{{ messages }}").unwrap();
+    scene.quantize("out").args(["--max-shard-size", "60KB"]).succeed();
+    let out = scene.path("out");
+    let judged = || {
+        let report = distq::verify::verify(&out, None).unwrap();
+        report.rules.iter().find(|rule| rule.id == "A19").map(|rule| (rule.level, report.passed())).unwrap()
+    };
+    assert_eq!(judged(), (Level::Pass, true));
+    let mut flips = 0;
+    for name in digests(&out).keys() {
+        let (path, bytes) = (out.join(name), fs::read(out.join(name)).unwrap());
+        // Ends and what lies between; of a safetensors file header and tensors.
+        for i in 0..12 {
+            let (mut flipped, at) = (bytes.clone(), i * (bytes.len() - 1) / 11);
+            flipped[at] ^= 1 << (i % 8);
+            fs::write(&path, flipped).unwrap();
+            assert!(!judged().1, "{name}, byte {at}");
+            flips += 1;
+        }
+        fs::write(&path, &bytes[..bytes.len() - 1]).unwrap();
+        assert!(!judged().1, "{name} is too short");
+        fs::remove_file(&path).unwrap();
+        assert!(name == "digests.json" || !judged().1, "{name} is missing");
+        fs::write(&path, &bytes).unwrap();
+    }
+    assert!(flips > 70, "{flips}");
+    fs::remove_file(out.join("digests.json")).unwrap();
+    assert_eq!(judged(), (Level::NotApplicable, true));
 }
 
 #[test]

@@ -35,8 +35,17 @@ fn passes(scene: &Scene) -> u64 {
     report(scene)["ranks"].as_array().unwrap().iter().map(|r| r["phases"]["passes"].as_u64().unwrap()).sum()
 }
 
+/// What is in a directory, and in those in it.
 fn files(dir: &Path) -> Vec<String> {
-    fs::read_dir(dir).unwrap().map(|entry| entry.unwrap().file_name().into_string().unwrap()).collect()
+    let names = |dir: &Path| -> Vec<String> {
+        fs::read_dir(dir).unwrap().map(|entry| entry.unwrap().file_name().into_string().unwrap()).collect()
+    };
+    let inside = |name: String| {
+        let path = dir.join(&name);
+        let files = if path.is_dir() { names(&path) } else { vec![] };
+        files.iter().map(|file| format!("{name}/{file}")).chain([name.clone()]).collect::<Vec<_>>()
+    };
+    names(dir).into_iter().flat_map(inside).collect()
 }
 
 /// All that a process said.

@@ -6,18 +6,26 @@
  *     SHIM_KILL    bytes after which writing to it kills the process
  *     SHIM_READ    reading it: `read` fails with EIO, `map` gives pages that can't be read
  *     SHIM_READS   calls that `read` lets pass first
+ *     SHIM_SLOW    seconds that a write of 16 KiB or more to it takes
+ *     SHIM_RENAME  renaming it finds the quota exceeded
+ *     SHIM_SYNC    what was written to it does not reach the disk
+ *     SHIM_OPEN    opening it for writing finds too many files open
+ *     SHIM_SPACE   no file system says how much room it has
  *     SHIM_CLOCK   seconds by which the wall clock is off
  *     SHIM_MPI     what the MPI library says it is
  */
 #define _GNU_SOURCE
 #include <dlfcn.h>
 #include <errno.h>
+#include <fcntl.h>
 #include <signal.h>
+#include <stdarg.h>
 #include <stdatomic.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/mman.h>
+#include <sys/statvfs.h>
 #include <sys/types.h>
 #include <time.h>
 #include <unistd.h>
@@ -61,7 +69,54 @@ ssize_t write(int fd, const void *bytes, size_t count)
 
 ssize_t pwrite64(int fd, const void *bytes, size_t count, off64_t at)
 {
+    if (count >= 16384 && broken(fd, "SHIM_SLOW"))
+        sleep(atoi(getenv("SHIM_SLOW")));
     return full(fd, count) ? -1 : NEXT(pwrite64)(fd, bytes, count, at);
+}
+
+static int named(const char *path, const char *how)
+{
+    const char *wanted = getenv("SHIM_FILE");
+    return wanted && getenv(how) && strstr(path, wanted) != NULL;
+}
+
+int rename(const char *from, const char *to)
+{
+    if (named(from, "SHIM_RENAME")) {
+        errno = EDQUOT;
+        return -1;
+    }
+    return NEXT(rename)(from, to);
+}
+
+int fsync(int fd)
+{
+    if (broken(fd, "SHIM_SYNC")) {
+        errno = EIO;
+        return -1;
+    }
+    return NEXT(fsync)(fd);
+}
+
+int open64(const char *path, int flags, ...)
+{
+    va_list rest;
+    va_start(rest, flags);
+    mode_t mode = flags & O_CREAT ? va_arg(rest, mode_t) : 0;
+    va_end(rest);
+    if ((flags & O_ACCMODE) != O_RDONLY && named(path, "SHIM_OPEN")) {
+        errno = EMFILE;
+        return -1;
+    }
+    return NEXT(open64)(path, flags, mode);
+}
+
+int fstatvfs64(int fd, struct statvfs64 *found)
+{
+    int result = NEXT(fstatvfs64)(fd, found);
+    if (getenv("SHIM_SPACE"))
+        found->f_blocks = found->f_bfree = found->f_bavail = 0;
+    return result;
 }
 
 ssize_t pread64(int fd, void *bytes, size_t count, off64_t at)
