@@ -124,3 +124,27 @@ fn out_of_memory(bytes: usize) -> ! {
     let left = rest.len();
     end(std::str::from_utf8(&words[..words.len() - left]).unwrap_or("out of memory"))
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Two threads that can't go on at the same moment: one of them is heard, whole, and the other not at all.
+    #[test]
+    fn of_two_last_words_one_is_passed_on() {
+        const LONG: &str = "a line of some length, and of a length that the other one does not have";
+        speak_for("rank 1 (test): ".into());
+        for words in ["short", LONG] {
+            std::thread::spawn(move || end(words));
+        }
+        let heard = loop {
+            match taken() {
+                Some(words) => break words,
+                None => std::thread::yield_now(),
+            }
+        };
+        assert!(heard == "short" || heard == LONG, "{heard}");
+        std::thread::sleep(Duration::from_millis(50));
+        assert_eq!(taken(), None);
+    }
+}

@@ -131,7 +131,7 @@ impl OutputDir {
                 fs::rename(place, &self.partial)
                     .map_err(|e| failed("can't go on with the published output", place, e))?;
             }
-            return Ok(());
+            return self.forget_descriptions();
         }
         match fs::create_dir(&self.partial) {
             Ok(()) => self.lock = Some(Lock::acquire(&self.partial)?),
@@ -155,13 +155,29 @@ impl OutputDir {
         Ok(())
     }
 
+    /// Removes what an earlier process wrote beside the weights. It is written anew, and a file that the source has no
+    /// more would stay.
+    fn forget_descriptions(&self) -> Result<()> {
+        let named = entries(&self.partial)?.into_iter().filter(|name| is_description(name));
+        for path in named.map(|name| self.partial.join(name)) {
+            fs::remove_file(&path).map_err(|e| failed("can't remove", &path, e))?;
+        }
+        Ok(())
+    }
+
     /// Removes a directory that was just created, in which there is nothing worth going on with.
     pub fn discard(&self) {
         let _ = fs::remove_dir_all(&self.partial);
     }
 
-    /// Removes everything but the lock.
+    /// Removes everything but the lock. An output that an earlier run had moved away to replace it is put back: it stays
+    /// until there is a new one.
     fn empty(&self) -> Result<()> {
+        let replaced = self.partial.join(REPLACED);
+        if replaced.exists() && !self.out.exists() {
+            fs::rename(&replaced, &self.out)
+                .map_err(|e| failed("can't put the old output back", &self.out, e))?;
+        }
         for name in entries(&self.partial)?.iter().filter(|name| *name != LOCK) {
             let path = self.partial.join(name);
             let removed = if name == REPLACED { fs::remove_dir_all(&path) } else { fs::remove_file(&path) };
@@ -179,9 +195,8 @@ impl OutputDir {
         sync_files(&self.partial)?;
         sync_dir(&self.partial)?;
         let replaced = self.partial.join(REPLACED);
-        let replaces = is_directory(&self.out)? && !entries(&self.out)?.is_empty();
+        let replaces = self.replaces()?;
         if replaces {
-            self.may_replace()?;
             if replaced.exists() {
                 fs::remove_dir_all(&replaced).map_err(|e| failed("can't remove", &replaced, e))?;
             }
@@ -200,15 +215,21 @@ impl OutputDir {
         Ok(())
     }
 
-    /// Whether OUT, which is not empty, may still be replaced: it may have been made or changed since the run began.
-    fn may_replace(&self) -> Result<()> {
+    /// Whether there is an output that is replaced.
+    ///
+    /// # Errors
+    /// Exit code 2 where it may not be: it may have been made or changed since the run began.
+    fn replaces(&self) -> Result<bool> {
         let fix = "move it away, then use --resume: everything is computed, and only its name is missing";
-        if !self.overwrites {
+        let found = is_directory(&self.out).and_then(|there| Ok(there && !entries(&self.out)?.is_empty()));
+        let replaces = found.map_err(|error| error.fix(fix))?;
+        if replaces && !self.overwrites {
             return Err(Error::usage("the output's name was taken while the run went on")
                 .file(&self.out)
                 .fix(fix));
         }
-        replaceable(&self.out).map_err(|error| error.fix(fix))
+        replaceable(&self.out).map_err(|error| error.fix(fix))?;
+        Ok(replaces)
     }
 
     /// Removes what is not part of the published output. It is complete with these files as well, so this is no reason
@@ -312,9 +333,13 @@ const OTHERS: [&str; 7] = [
 fn is_of_checkpoint(name: &str) -> bool {
     name == REPLACED
         || SCRATCH.contains(&name)
-        || OTHERS.contains(&name)
         || name.ends_with(".safetensors")
-        || (is_side_file(name) && !name.ends_with(".py"))
+        || (is_description(name) && !name.ends_with(".py"))
+}
+
+/// Whether a file stands beside the weights of a checkpoint and describes it.
+fn is_description(name: &str) -> bool {
+    OTHERS.contains(&name) || is_side_file(name)
 }
 
 /// The names in a `digests.json`, which is in every output of distq and names all of its files.
@@ -526,7 +551,7 @@ mod tests {
             let (dir, source, out) = dirs();
             filled(&out, &["config.json", "model.safetensors"]);
             let output = begun(&source, &out, Existing::Overwrite);
-            filled(&output.partial, &[JOURNAL, "new"]);
+            filled(&output.partial, &[JOURNAL, "new.safetensors"]);
             let partial = output.partial.clone();
             drop(output);
             if renames > 0 {
@@ -534,12 +559,21 @@ mod tests {
             }
             if renames > 1 {
                 fs::rename(&partial, &out).unwrap();
+            } else if renames > 0 {
+                // Beginning anew puts the old output back, which stays until there is a new one.
+                let again = begun(&source, &out, Existing::Overwrite);
+                assert!(out.join("config.json").exists());
+                filled(&again.partial, &[JOURNAL, "new.safetensors", "vocab.json"]);
             }
             let output = begun(&source, &out, Existing::Resume);
-            assert!(output.partial.join("new").exists());
+            assert!(output.partial.join("new.safetensors").exists());
             output.publish().unwrap();
             let left = (names(&out), names(dir.path()));
-            assert_eq!(left, (vec!["new".into()], vec!["out".into(), "source".into()]), "{renames}");
+            assert_eq!(
+                left,
+                (vec!["new.safetensors".into()], vec!["out".into(), "source".into()]),
+                "{renames}"
+            );
         }
     }
 

@@ -7,6 +7,7 @@ use super::timeline::timeline;
 use crate::model::Site;
 use crate::pipeline::PartId;
 use crate::units::{binary, duration};
+use crate::verify::TensorError;
 
 /// One fused group's numbers, in the order of the model.
 struct GroupView<'a> {
@@ -65,7 +66,7 @@ pub fn page(report: &RunReport) -> String {
     out += &plots(&groups);
     out += &timeline(&report.ranks);
     out += &loss(&groups);
-    out += &table(report, &groups);
+    out += &table(&report.verification.tensors, &groups);
     out + "</html>\n"
 }
 
@@ -189,7 +190,7 @@ fn loss(groups: &[GroupView<'_>]) -> String {
 }
 
 /// Every linear.
-fn table(report: &RunReport, groups: &[GroupView<'_>]) -> String {
+fn table(proven: &[TensorError], groups: &[GroupView<'_>]) -> String {
     let mut out = String::from(
         "<h2>Every linear</h2><table><tr><th>linear<th>codes<th>fold<th>its gain<th>weight error<th>output error, max<th>output \
          error<th>given up<th>damping<th>max |w|<th>input max<th>headroom<th>block scales by power of two</tr>\n",
@@ -198,16 +199,17 @@ fn table(report: &RunReport, groups: &[GroupView<'_>]) -> String {
     for group in groups {
         let chosen = group.record.chosen.as_ref();
         let smoothing = chosen.and_then(|chosen| chosen.smoothing.as_ref());
-        let fold = smoothing.map_or("-", |fold| &fold.candidate);
+        // What a resumed run takes from a journal may be anybody's text.
+        let fold = smoothing.map_or("-".to_string(), |fold| escape(&fold.candidate));
         let gain = number(smoothing.map(|fold| fold.gain));
         for (i, (name, amax)) in group.record.members.iter().enumerate() {
             let verdict = chosen.and_then(|chosen| chosen.verdicts.get(i));
-            let proven = report.verification.tensors.iter().find(|tensor| tensor.module == *name);
+            let proven = proven.iter().find(|tensor| tensor.module == *name);
             let _ = writeln!(
                 out,
                 "<tr><td>{}<td>{}<td>{fold}<td>{gain}<td>{}<td>{}<td>{}<td>{}<td>{}<td>{amax:.4}<td>{}<td>{}<td>{}</tr>",
                 escape(name),
-                verdict.map_or("max", |verdict| &verdict.codes),
+                verdict.map_or("max".to_string(), |verdict| escape(&verdict.codes)),
                 number(verdict.map(|v| v.weight_error).or(proven.map(|tensor| tensor.relative_error))),
                 number(verdict.map(|v| v.output_error_max)),
                 number(verdict.map(|v| v.output_error)),
@@ -244,6 +246,9 @@ pub(super) fn escape(text: &str) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::methods::Smoothing;
+    use crate::methods::layer::Verdict;
+    use crate::pipeline::{Chosen, GroupRecord};
 
     #[test]
     fn plots_scale_to_their_points_and_stay_away_without_any() {
@@ -253,7 +258,22 @@ mod tests {
     }
 
     #[test]
-    fn names_from_outside_are_escaped() {
-        assert_eq!(escape("<a&b>"), "&lt;a&amp;b&gt;");
+    fn texts_from_outside_are_escaped() {
+        let text = || "<script>&".to_string();
+        let (weight_error, output_error_max, output_error, output_error_other) = (0.1, 0.1, 0.1, None);
+        let verdict =
+            Verdict { codes: text(), weight_error, output_error_max, output_error, output_error_other };
+        let smoothing = Smoothing { candidate: text(), gain: 1.0, factors: vec![] };
+        let chosen = Chosen {
+            smoothing: Some(smoothing),
+            headroom: 1.0,
+            damping: None,
+            fallback: Some(text()),
+            verdicts: vec![verdict],
+        };
+        let members = vec![(text(), 1.0)];
+        let record = GroupRecord { site: Site::Qkv, input_amax: None, members, chosen: Some(chosen) };
+        let table = table(&[], &[GroupView { layer: 0, record: &record }]);
+        assert!(!table.contains("<script") && table.matches("&lt;script&gt;&amp;").count() == 3, "{table}");
     }
 }

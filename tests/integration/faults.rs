@@ -150,6 +150,7 @@ fn a_disk_that_is_full_is_named_and_the_run_goes_on_when_it_is_not() {
         ("out.partial/model.safetensors", 10_000, 1),
         ("distq-journal", 2_000, 0),
         ("out.partial/config.json", 0, 0),
+        ("out.partial/digests.json", 0, 0),
     ];
     for (file, bytes, rank) in cases {
         let scene = Scene::new();
