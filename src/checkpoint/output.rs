@@ -12,7 +12,7 @@ use super::digests::DIGESTS;
 use super::lock::{LOCK, Lock};
 use super::sidefiles::is_side_file;
 use super::writer::failed;
-use crate::error::{Error, Result};
+use crate::error::{Error, ExitCode, Result};
 
 /// What the run was asked to do and what it has finished.
 pub const JOURNAL: &str = "distq-journal.jsonl";
@@ -80,8 +80,12 @@ impl OutputDir {
         let (mut overwrites, mut locked) = (existing == Existing::Overwrite, unfinished.then_some(&partial));
         match existing {
             Existing::Refuse if unfinished => {
-                // Dropped at once: only whether it is held matters.
-                Lock::acquire(&partial)?;
+                // Dropped at once: only whether another process holds it matters.
+                if let Err(held) = Lock::acquire(&partial)
+                    && held.exit == ExitCode::Usage
+                {
+                    return Err(held);
+                }
                 return Err(Error::usage("an earlier run did not finish")
                     .file(&partial)
                     .fix("continue it with --resume, or start again with --overwrite"));
@@ -425,7 +429,7 @@ mod tests {
         let (dir, source, out) = dirs();
         let refused = |out: &Path, existing| {
             let error = OutputDir::check(&source, out, existing).unwrap_err();
-            assert_eq!(error.exit, crate::error::ExitCode::Usage, "{error}");
+            assert_eq!(error.exit, ExitCode::Usage, "{error}");
             error.to_string()
         };
         assert!(refused(&source, Existing::Overwrite).contains("overlap"));
@@ -501,7 +505,7 @@ mod tests {
             for files in foreign {
                 filled(dir, files);
                 let error = OutputDir::check(&source, &out, Existing::Overwrite).unwrap_err();
-                assert_eq!(error.exit, crate::error::ExitCode::Usage);
+                assert_eq!(error.exit, ExitCode::Usage);
                 assert!(error.to_string().contains("--overwrite does not remove"), "{error}");
                 assert_eq!(names(dir).len(), files.len());
                 fs::remove_dir_all(dir).unwrap();
@@ -585,7 +589,7 @@ mod tests {
         for existing in [Existing::Refuse, Existing::Resume, Existing::Overwrite] {
             let error = OutputDir::check(&source, &out, existing).unwrap_err();
             let holder = format!("process {}", std::process::id());
-            assert_eq!(error.exit, crate::error::ExitCode::Usage);
+            assert_eq!(error.exit, ExitCode::Usage);
             assert!(error.to_string().contains(&holder), "{existing:?}: {error}");
         }
         drop(first);
