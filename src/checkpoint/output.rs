@@ -10,7 +10,7 @@ use std::path::{Path, PathBuf};
 
 use super::digests::DIGESTS;
 use super::lock::{LOCK, Lock};
-use super::sidefiles::is_side_file;
+use super::sidefiles::{TEMPLATES, is_side_file};
 use super::writer::failed;
 use crate::error::{Error, ExitCode, Result};
 
@@ -162,10 +162,17 @@ impl OutputDir {
     /// Removes what an earlier process wrote beside the weights. It is written anew, and a file that the source has no
     /// more would stay.
     fn forget_descriptions(&self) -> Result<()> {
-        let named = entries(&self.partial)?.into_iter().filter(|name| is_description(name));
-        for path in named.map(|name| self.partial.join(name)) {
+        self.remove(is_description)
+    }
+
+    fn remove(&self, which: impl Fn(&str) -> bool) -> Result<()> {
+        for path in
+            files(&self.partial)?.iter().filter(|name| which(name)).map(|name| self.partial.join(name))
+        {
             fs::remove_file(&path).map_err(|e| failed("can't remove", &path, e))?;
         }
+        // Made again where it is needed.
+        let _ = fs::remove_dir(self.partial.join(TEMPLATES));
         Ok(())
     }
 
@@ -182,12 +189,10 @@ impl OutputDir {
             fs::rename(&replaced, &self.out)
                 .map_err(|e| failed("can't put the old output back", &self.out, e))?;
         }
-        for name in entries(&self.partial)?.iter().filter(|name| *name != LOCK) {
-            let path = self.partial.join(name);
-            let removed = if name == REPLACED { fs::remove_dir_all(&path) } else { fs::remove_file(&path) };
-            removed.map_err(|e| failed("can't remove", &path, e))?;
+        if replaced.exists() {
+            fs::remove_dir_all(&replaced).map_err(|e| failed("can't remove", &replaced, e))?;
         }
-        Ok(())
+        self.remove(|name| name != LOCK)
     }
 
     /// Makes `OUT` appear, complete, in one rename, when all of it is on the disk; then removes what is not part of it.
@@ -263,6 +268,18 @@ fn entries(dir: &Path) -> Result<Vec<String>> {
     Ok(listed.iter().map(|entry| entry.file_name().to_string_lossy().into_owned()).collect())
 }
 
+/// Names of all files in a directory but those of a replaced output, with the folder of those that may be in one.
+fn files(dir: &Path) -> Result<Vec<String>> {
+    let mut names = entries(dir)?;
+    names.retain(|name| name != REPLACED);
+    let templates = dir.join(TEMPLATES);
+    if fs::symlink_metadata(&templates).is_ok_and(|found| found.is_dir()) {
+        names.retain(|name| name != TEMPLATES);
+        names.extend(entries(&templates)?.iter().map(|name| format!("{TEMPLATES}/{name}")));
+    }
+    Ok(names)
+}
+
 /// Whether there is a directory of this name.
 ///
 /// # Errors
@@ -284,7 +301,7 @@ fn is_directory(path: &Path) -> Result<bool> {
 /// Refuses an unfinished run with something in it that distq did not put there: written through a link, a file outside
 /// of the directory would change.
 fn only_files(dir: &Path) -> Result<()> {
-    for name in entries(dir)?.iter().filter(|name| *name != REPLACED) {
+    for name in files(dir)? {
         let path = dir.join(name);
         if !fs::symlink_metadata(&path).is_ok_and(|found| found.is_file()) {
             return Err(Error::usage("this is no file of an unfinished run")
@@ -305,10 +322,10 @@ fn replaceable(dir: &Path) -> Result<()> {
             .file(dir)
             .fix("choose another name for the output, or remove the directory yourself"))
     };
-    let (names, listed) = (entries(dir)?, listed_in_digests(dir));
+    let (names, listed) = (files(dir)?, listed_in_digests(dir));
     for name in &names {
         let is_dir = fs::symlink_metadata(dir.join(name)).is_ok_and(|found| found.is_dir());
-        if is_dir != (name == REPLACED) || !(is_of_checkpoint(name) || listed.contains(name)) {
+        if is_dir || !(is_of_checkpoint(name) || listed.contains(name)) {
             return refused(format!("{name} is not part of a checkpoint"));
         }
     }
@@ -335,8 +352,7 @@ const OTHERS: [&str; 7] = [
 
 /// Whether a name alone says that a file belongs to a checkpoint or to an unfinished run. Programs may be anybody's.
 fn is_of_checkpoint(name: &str) -> bool {
-    name == REPLACED
-        || SCRATCH.contains(&name)
+    SCRATCH.contains(&name)
         || name.ends_with(".safetensors")
         || (is_description(name) && !name.ends_with(".py"))
 }
@@ -360,11 +376,12 @@ fn listed_in_digests(dir: &Path) -> Vec<String> {
 
 /// Waits until the files of a directory are on the disk: a rename may reach it before their contents do.
 fn sync_files(dir: &Path) -> Result<()> {
-    for name in entries(dir)?.iter().filter(|name| *name != REPLACED) {
+    for name in files(dir)? {
         let path = dir.join(name);
         File::open(&path).and_then(|file| file.sync_all()).map_err(|e| failed("can't write", &path, e))?;
     }
-    Ok(())
+    let templates = dir.join(TEMPLATES);
+    if templates.is_dir() { sync_dir(&templates) } else { Ok(()) }
 }
 
 pub(super) fn sync_dir(dir: &Path) -> Result<()> {
@@ -600,6 +617,26 @@ mod tests {
             [second, third].map(|out| OutputDir::check(&source, &out, Existing::Refuse).unwrap());
         second.create().unwrap();
         assert!(third.create().unwrap_err().to_string().contains("another run"));
+    }
+
+    #[test]
+    fn a_folder_of_templates_is_part_of_an_output() {
+        let (_dir, source, out) = dirs();
+        for existing in [Existing::Refuse, Existing::Overwrite] {
+            let output = begun(&source, &out, existing);
+            filled(&output.partial, &[JOURNAL, "config.json", "model.safetensors"]);
+            filled(&output.partial.join(TEMPLATES), &["rag.jinja"]);
+            drop(output);
+            let resumed = begun(&source, &out, Existing::Resume);
+            assert!(!resumed.partial.join(TEMPLATES).exists(), "made anew");
+            filled(&resumed.partial, &["config.json"]);
+            filled(&resumed.partial.join(TEMPLATES), &["rag.jinja"]);
+            resumed.publish().unwrap();
+            assert_eq!(names(&out), [TEMPLATES, "config.json", "model.safetensors"]);
+        }
+        filled(&out.join(TEMPLATES), &["thesis.tex"]);
+        let error = OutputDir::check(&source, &out, Existing::Overwrite).unwrap_err().to_string();
+        assert!(error.contains("additional_chat_templates/thesis.tex"), "{error}");
     }
 
     #[test]

@@ -30,7 +30,7 @@ const NAMES: [&str; 18] = [
 ];
 
 /// Chat templates beside the default one, as Transformers keeps them.
-const TEMPLATES: &str = "additional_chat_templates";
+pub(super) const TEMPLATES: &str = "additional_chat_templates";
 
 /// No tokenizer is larger; weights are.
 const LARGEST: u64 = 256 << 20;

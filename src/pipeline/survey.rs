@@ -186,6 +186,7 @@ pub fn survey(
         device,
         micro_batches: batches,
         plan: planned,
+        notes,
     })
 }
 
