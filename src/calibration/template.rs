@@ -346,6 +346,23 @@ mod tests {
     }
 
     #[test]
+    fn expressions_and_statements_print_what_jinja2_prints() {
+        let fixtures = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/templates");
+        let data = json_in(&fixtures.join("expressions.json")).unwrap();
+        let context: Vec<(&str, &Value)> =
+            data["context"].as_object().unwrap().iter().map(|(name, value)| (name.as_str(), value)).collect();
+        let templates = data["templates"].as_object().unwrap();
+        for (template, expected) in templates {
+            let rendered = jinja::parse(template).and_then(|parsed| jinja::render(&parsed, &context));
+            match rendered {
+                Ok(text) => assert_eq!(&Value::String(text), expected, "{template}"),
+                Err(fault) => assert!(expected.is_null(), "{template}: {fault}"),
+            }
+        }
+        assert!(templates.len() > 1000, "{}", templates.len());
+    }
+
+    #[test]
     fn a_checkpoint_without_a_template_has_none() {
         assert!(ChatTemplate::of(tempfile::tempdir().unwrap().path()).unwrap().is_none());
     }

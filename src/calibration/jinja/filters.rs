@@ -107,14 +107,17 @@ pub fn apply(name: &str, value: &Value, arguments: &Arguments, meter: &Meter) ->
             };
             Value::text(percent(&string(value, meter)?, &all, meter)?, meter)
         }
-        name if is_known(name) => Value::text(words(name, &string(value, meter)?, arguments, meter)?, meter)
-            .map(|text| {
-                if name == "wordcount" {
-                    Value::Int(text.as_text().map_or(0, |t| t.parse().unwrap_or(0)))
-                } else {
-                    text
-                }
-            }),
+        "indent" | "truncate" if !matches!(value, Value::Text(_)) => {
+            fail(format!("{name} is for text, not for a value of type {}", value.type_name()))
+        }
+        "wordcount" => {
+            arguments.bind(0, [])?;
+            let text = string(value, meter)?;
+            meter.work(text.len())?;
+            let words = text.split(|c: char| c != '_' && !c.is_alphanumeric());
+            Ok(Value::Int(words.filter(|word| !word.is_empty()).count() as i128))
+        }
+        name if is_known(name) => Value::text(words(name, &string(value, meter)?, arguments, meter)?, meter),
         _ => fail(format!("the filter '{name}' is unknown or not for chat templates")),
     }
 }
@@ -143,11 +146,6 @@ fn words(name: &str, value: &str, arguments: &Arguments, meter: &Meter) -> Outco
             let width = usize::try_from(width).unwrap_or(0);
             meter.take(width)?;
             centered(value, width, ' ')
-        }
-        "wordcount" => {
-            none()?;
-            let is_word = |c: char| c == '_' || c.is_alphanumeric();
-            value.split(|c| !is_word(c)).filter(|word| !word.is_empty()).count().to_string()
         }
         name => {
             none()?;
@@ -264,7 +262,9 @@ fn each(name: &str, value: &Value, arguments: &Arguments, meter: &Meter) -> Outc
         false => Some(rest.positional.remove(0).as_text()?.clone()),
     };
     let mut kept = Vec::new();
-    for item in value.items(meter)? {
+    // What is false, None among it, has no items here, though it can't be iterated over elsewhere.
+    let items = if value.is_true() { value.items(meter)? } else { Vec::new() };
+    for item in items {
         meter.step()?;
         let looked_at = match &by_attribute {
             Some(attribute) => path(&item, attribute, meter)?,

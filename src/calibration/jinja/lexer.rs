@@ -151,6 +151,10 @@ impl<'a> Lexer<'a> {
     }
 
     fn comment(&mut self) -> Outcome<()> {
+        // Jinja2 lets a template end with the begin of a comment.
+        if self.rest.is_empty() {
+            return Ok(());
+        }
         let Some(at) = self.rest.find("#}") else { return self.fault("a comment has no end") };
         let sign = self.rest[..at].ends_with(['-', '+']);
         self.eat(at - usize::from(sign));

@@ -7,7 +7,7 @@ use super::format::percent;
 use super::meter::{Fault, Meter, Outcome, fail};
 use super::print::text;
 use super::syntax::{Binary, Comparison};
-use super::value::{Items, SLOT, Value, View};
+use super::value::{Items, Range, SLOT, Value, View};
 
 /// A number, booleans included.
 #[derive(Clone, Copy)]
@@ -373,6 +373,11 @@ pub fn position(index: i128, length: usize) -> Option<usize> {
 
 /// `value[start:stop:step]`
 pub fn sliced(value: &Value, parts: [Option<Value>; 3], meter: &Meter) -> Outcome<Value> {
+    defined(value)?;
+    let length = match value {
+        Value::Text(_) | Value::List(_) | Value::Tuple(_) | Value::Range(_) => value.len(meter)? as i128,
+        other => return fail(format!("a value of type {} can't be sliced", other.type_name())),
+    };
     let number = |part: &Option<Value>| match part {
         None | Some(Value::None) => Ok(None),
         Some(value) => value.as_int().map(Some),
@@ -381,14 +386,18 @@ pub fn sliced(value: &Value, parts: [Option<Value>; 3], meter: &Meter) -> Outcom
     if step == 0 {
         return fail("a slice's step is zero");
     }
-    let length = match value {
-        Value::Text(_) | Value::List(_) | Value::Tuple(_) => value.len(meter)? as i128,
-        other => return fail(format!("a value of type {} can't be sliced", other.type_name())),
-    };
     let (low, high) = if step > 0 { (0, length) } else { (-1, length - 1) };
     let bound = |at: i128| (if at < 0 { at.saturating_add(length) } else { at }).clamp(low, high);
     let start = start.map_or(if step > 0 { low } else { high }, bound);
     let stop = stop.map_or(if step > 0 { high } else { low }, bound);
+    if let Value::Range(range) = value {
+        let at = |index: i128| range.start.saturating_add(range.step.saturating_mul(index));
+        return Ok(Value::Range(Range {
+            start: at(start),
+            stop: at(stop),
+            step: range.step.saturating_mul(step),
+        }));
+    }
     let mut indices = Vec::new();
     let mut at = start;
     while (step > 0 && at < stop) || (step < 0 && at > stop) {

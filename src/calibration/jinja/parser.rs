@@ -632,7 +632,7 @@ impl Parser {
             arguments = self.arguments()?;
         } else if begins_value && self.is_name("is") {
             return self.fault("tests can't be chained with 'is'");
-        } else if begins_value && !self.is_name("if") {
+        } else if begins_value {
             let argument = self.primary()?;
             arguments.positional.push(self.postfix(argument)?);
         }

@@ -61,6 +61,7 @@ pub struct Dict {
 /// What makes two keys of a dict equal.
 #[derive(Clone, PartialEq, Eq, Hash)]
 pub enum Key {
+    Undefined,
     None,
     Int(i128),
     /// The bits of a number that is no integer.
@@ -344,6 +345,7 @@ impl Key {
     pub fn of(value: &Value, meter: &Meter) -> Outcome<Key> {
         meter.step()?;
         Ok(match value {
+            Value::Undefined(_) => Key::Undefined,
             Value::None => Key::None,
             Value::Bool(value) => Key::Int((*value).into()),
             Value::Int(value) => Key::Int(*value),
