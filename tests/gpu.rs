@@ -1,12 +1,14 @@
 //! Every operation on a GPU against the CPU, on random inputs. Run on a machine with a GPU:
 //!
 //! ```text
-//! cargo test --release --test gpu
+//! make gpu-test
 //! ```
 //!
-//! Without a GPU the tests say so and end; `make test` compiles the kernels all the same.
+//! Without a GPU the tests say so and end; `make gpu-test` fails there. `make test` compiles the kernels all the same.
 
-#![allow(clippy::print_stdout)] // a skipped test says so
+#![allow(clippy::print_stdout)] // figures, for `--nocapture`
+
+mod skipped;
 
 use distq::backend::cpu::Cpu;
 use distq::backend::cuda::{Cuda, available};
@@ -33,7 +35,7 @@ impl Random {
 /// Both backends, or none where there is no GPU.
 fn backends(compute: Compute) -> Option<(Cpu, Cuda)> {
     if available() == 0 {
-        println!("skipped: there is no GPU here");
+        skipped::skipped("there is no GPU here");
         return None;
     }
     Some((Cpu::new(compute, 4).unwrap(), Cuda::new(compute, 0).unwrap()))

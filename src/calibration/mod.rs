@@ -18,4 +18,4 @@ pub use batches::{MicroBatch, micro_batches};
 pub use documents::Source;
 pub use sampling::Sampling;
 pub use select::{CalibOptions, Calibration, Summary};
-pub use windows::windows;
+pub use windows::Windows;

@@ -37,7 +37,7 @@ pub struct Args {
 }
 
 /// Runs it.
-pub fn run(args: &Args, cluster: &Cluster) -> Result<()> {
+pub fn run(args: &Args, quiet: bool, cluster: &Cluster) -> Result<()> {
     let evaluation = evaluate(
         cluster,
         &evaluation::Options {
@@ -48,6 +48,7 @@ pub fn run(args: &Args, cluster: &Cluster) -> Result<()> {
             window_tokens: args.window_tokens as usize,
             compute: args.compute,
             device: args.device,
+            quiet,
         },
     )?;
     if cluster.is_root() { super::show(&evaluation, args.json) } else { Ok(()) }

@@ -97,7 +97,7 @@ impl Cli {
             Command::Plan(args) => plan::run(args, cluster),
             Command::Inspect(args) => inspect::run(args, cluster),
             Command::Verify(args) => verify::run(args, cluster),
-            Command::Eval(args) => eval::run(args, cluster),
+            Command::Eval(args) => eval::run(args, self.quiet, cluster),
         }
     }
 }

@@ -1,5 +1,6 @@
 //! Text through the layers of one checkpoint, each rank at its own.
 
+use std::collections::{BTreeMap, HashMap};
 use std::ops::Range;
 
 use crossbeam_channel::Receiver;
@@ -9,6 +10,8 @@ use super::{Backend, MicroBatch, OnBackend, Solver};
 use crate::cluster::{Cluster, Frame, Tag, ToMain};
 use crate::error::{Error, Result};
 use crate::model::{Batch, Decoder, LayerWeights, Site};
+use crate::nvfp4::GlobalScale;
+use crate::report::Steps;
 
 /// Windows of tokens.
 pub struct Text {
@@ -28,7 +31,8 @@ impl Text {
     }
 }
 
-/// Walks the text through a checkpoint; yields the last hidden states on the last rank, nothing elsewhere.
+/// Walks the text through a checkpoint. Yields the last hidden states of the micro-batches that this rank scores, which
+/// are every n-th where there are n ranks.
 pub struct Forward<'a> {
     /// The ranks.
     pub cluster: &'a Cluster,
@@ -36,24 +40,49 @@ pub struct Forward<'a> {
     pub weights: &'a Weights,
     /// What to read.
     pub text: &'a Text,
+    /// Bytes that the weights of this rank's layers may take. Where they fit, each layer is loaded and dequantized
+    /// once, and otherwise once for each group of micro-batches.
+    pub room: u64,
+    /// Counts each layer over each micro-batch.
+    pub steps: &'a Steps,
 }
 
 /// Groups of micro-batches for each rank of a pipeline: enough to keep all of them busy.
 const GROUPS: usize = 4;
 
+/// The layers of a rank.
+pub fn slice(cluster: &Cluster, layers: usize) -> Range<usize> {
+    let (rank, ranks) = (cluster.rank(), cluster.size());
+    rank * layers / ranks..(rank + 1) * layers / ranks
+}
+
 impl OnBackend for Forward<'_> {
-    type Output = Result<Vec<Vec<u8>>>;
+    type Output = Result<BTreeMap<usize, Vec<u8>>>;
 
     fn run<B: Solver>(self, backend: &B) -> Self::Output {
-        let (rank, ranks) = (self.cluster.rank(), self.cluster.size());
-        let layers = self.weights.model.layers;
-        let slice = rank * layers / ranks..(rank + 1) * layers / ranks;
-        let next = (rank + 1 < ranks).then_some(rank + 1);
-        let (weights, text) = (self.weights, self.text);
+        let Forward { cluster, weights, text, room, steps } = self;
+        let (rank, ranks) = (cluster.rank(), cluster.size());
+        let slice = slice(cluster, weights.model.layers);
         let groups = if ranks == 1 { 1 } else { ranks * GROUPS };
         let group = text.batches.len().div_ceil(groups).max(1);
-        self.cluster.work(
-            |to_next, incoming| Walk { weights, text, backend, slice, group, next, incoming, to_next }.run(),
+        let resident = ranks > 1 && weights.layer_bytes() * slice.len() as u64 <= room;
+        cluster.work(
+            |out, incoming| {
+                let walk = Walk {
+                    weights,
+                    text,
+                    backend,
+                    slice,
+                    group,
+                    resident,
+                    rank,
+                    ranks,
+                    incoming,
+                    out,
+                    steps,
+                };
+                walk.run()
+            },
             |peer, _| Err(Error::run(format!("rank {peer} sent a message that is not for this rank"))),
         )
     }
@@ -66,13 +95,20 @@ struct Walk<'a, B: Backend> {
     slice: Range<usize>,
     /// Micro-batches that pass a layer before the next is loaded.
     group: usize,
-    next: Option<usize>,
+    /// Whether layers are kept from one group to the next.
+    resident: bool,
+    rank: usize,
+    ranks: usize,
     incoming: Receiver<Frame>,
-    to_next: ToMain,
+    out: ToMain,
+    steps: &'a Steps,
 }
 
+/// What a site's inputs are quantized with.
+type InputScales = [Option<GlobalScale>; 4];
+
 impl<B: Backend> Walk<'_, B> {
-    fn run(self) -> Result<Vec<Vec<u8>>> {
+    fn run(self) -> Result<BTreeMap<usize, Vec<u8>>> {
         let (weights, text) = (self.weights, self.text);
         let lengths = vec![text.window; text.ids.len() / text.window];
         let table = weights.model.rope.table(&lengths);
@@ -88,40 +124,76 @@ impl<B: Backend> Walk<'_, B> {
             0 => Some(self.backend.load(&weights.tensor(&weights.model.embedding().name)?)?),
             _ => None,
         };
-        let mut kept = Vec::new();
+        let mut kept = BTreeMap::new();
+        let mut layers = HashMap::new();
         for (number, batches) in batches.chunks(self.group).enumerate() {
+            let first = number * self.group;
             let mut states = Vec::new();
             for (i, batch) in batches.iter().enumerate() {
-                states.push(self.incoming(number * self.group + i, batch.tokens, embedding.as_ref())?);
+                states.push(self.incoming(first + i, batch.tokens, embedding.as_ref())?);
             }
             for layer in self.slice.clone() {
-                let loaded =
-                    LayerWeights::load(self.backend, &weights.model, layer, &|name| weights.tensor(name))?;
-                let mut scales = [None; 4];
-                for site in Site::ALL {
-                    scales[site as usize] = weights.input_scale(layer, site)?;
-                }
+                let (loaded, scales) = match layers.remove(&layer) {
+                    Some(kept) => kept,
+                    None => self.load(layer)?,
+                };
                 let mut quantize = |site: Site, x: &mut B::Tensor| match scales[site as usize] {
                     Some(scale) => self.backend.quantize_input(x, scale),
                     None => Ok(()),
                 };
                 for (batch, state) in batches.iter().zip(&mut states) {
                     decoder.layer(&loaded, batch, &mut work, state, &mut quantize)?;
+                    self.steps.step();
+                }
+                if self.resident {
+                    layers.insert(layer, (loaded, scales));
                 }
             }
-            for state in &states {
+            for (i, state) in states.iter().enumerate() {
                 let mut bytes = Vec::new();
                 self.backend.download(state, &mut bytes)?;
-                match self.next {
-                    None => kept.push(bytes),
-                    Some(peer) => {
-                        let frame = Frame { head: vec![], body: bytes };
-                        self.to_next.send(peer, Tag::Hidden, frame)?;
-                    }
+                if self.rank + 1 == self.ranks {
+                    kept.insert(first + i, bytes);
+                } else {
+                    self.send(self.rank + 1, bytes)?;
                 }
             }
         }
-        Ok(kept)
+        self.share(kept)
+    }
+
+    fn load(&self, layer: usize) -> Result<(LayerWeights<B::Tensor>, InputScales)> {
+        let weights = self.weights;
+        let loaded = LayerWeights::load(self.backend, &weights.model, layer, &|name| weights.tensor(name))?;
+        let mut scales = [None; 4];
+        for site in Site::ALL {
+            scales[site as usize] = weights.input_scale(layer, site)?;
+        }
+        Ok((loaded, scales))
+    }
+
+    /// Gives each rank the last hidden states that it scores. The last rank begins with it when it has received
+    /// everything, so no rank waits for it with something left to send.
+    fn share(&self, mut all: BTreeMap<usize, Vec<u8>>) -> Result<BTreeMap<usize, Vec<u8>>> {
+        let batches = 0..self.text.batches.len();
+        if self.rank + 1 == self.ranks {
+            for batch in batches.filter(|batch| batch % self.ranks != self.rank) {
+                let bytes = all.remove(&batch).expect("every micro-batch ends on the last rank");
+                self.send(batch % self.ranks, bytes)?;
+            }
+            return Ok(all);
+        }
+        batches.filter(|batch| batch % self.ranks == self.rank).map(|b| Ok((b, self.receive()?))).collect()
+    }
+
+    fn send(&self, peer: usize, body: Vec<u8>) -> Result<()> {
+        let frame = Frame { head: vec![], body };
+        self.out.send(peer, Tag::Hidden, frame)
+    }
+
+    fn receive(&self) -> Result<Vec<u8>> {
+        let ended = |_| Error::run("another stage ended without sending its hidden states");
+        self.incoming.recv().map(|frame| frame.body).map_err(ended)
     }
 
     /// The hidden states of a micro-batch before this rank's first layer: embedded on the first rank, received on
@@ -132,10 +204,7 @@ impl<B: Backend> Walk<'_, B> {
             Some(table) => {
                 self.backend.embed(table, &self.backend.index(self.text.ids_of(number))?, &mut state)?
             }
-            None => {
-                let ended = |_| Error::run("the stage before ended without sending its hidden states");
-                self.backend.upload(&self.incoming.recv().map_err(ended)?.body, &mut state)?
-            }
+            None => self.backend.upload(&self.receive()?, &mut state)?,
         }
         Ok(state)
     }

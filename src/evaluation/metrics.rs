@@ -1,5 +1,7 @@
 //! From hidden states to scores.
 
+use std::collections::BTreeMap;
+
 use rayon::prelude::*;
 
 use super::forward::Text;
@@ -18,7 +20,7 @@ pub struct Head<'a, F> {
     /// The checkpoint.
     pub weights: &'a Weights,
     /// By micro-batch: `[tokens, hidden]` in the compute dtype.
-    pub hidden: &'a [Vec<u8>],
+    pub hidden: &'a BTreeMap<usize, Vec<u8>>,
     /// What is to be done with the logits.
     pub then: F,
 }
@@ -31,7 +33,7 @@ impl<T, F: FnOnce(Logits<'_>) -> Result<T>> OnBackend for Head<'_, F> {
         let norm = backend.load(&self.weights.tensor("model.norm.weight")?)?;
         let lm_head = backend.load(&self.weights.lm_head()?)?;
         (self.then)(&|batch| {
-            let hidden = &self.hidden[batch];
+            let hidden = &self.hidden[&batch];
             let tokens = hidden.len() / (model.hidden * backend.compute().bytes());
             let mut x = backend.activation(tokens, model.hidden)?;
             backend.upload(hidden, &mut x)?;
@@ -45,56 +47,94 @@ impl<T, F: FnOnce(Logits<'_>) -> Result<T>> OnBackend for Head<'_, F> {
 }
 
 /// One prediction.
-struct Token {
+#[derive(Clone, Copy, Debug, PartialEq, serde::Serialize, serde::Deserialize)]
+pub struct Token {
     /// `-log p` of the token that came.
     nll: f64,
     /// KL divergence from the reference, in nats, and whether both prefer the same token.
     against: Option<(f64, bool)>,
 }
 
-/// Scores every token of every window but the first, beside a reference's where there is one.
+/// Every prediction of a micro-batch: of every token of every window but the first, beside a reference's where there
+/// is one. Vocabularies of different sizes are compared over their common part, as if there were no other tokens:
+/// padding adds rows that no tokenizer names.
 ///
 /// # Errors
 /// Exit code 3 where a prediction is NaN or infinite, and what the logits return.
-pub fn score(text: &Text, mine: Logits<'_>, reference: Option<Logits<'_>>) -> Result<Scores> {
-    let mut tokens: Vec<Token> = Vec::new();
-    for batch in 0..text.batches.len() {
-        let (logits, theirs, ids) =
-            (mine(batch)?, reference.map(|of| of(batch)).transpose()?, text.ids_of(batch));
-        let vocab = logits.len() / ids.len();
-        let scored: Vec<usize> = (0..ids.len()).filter(|i| (i + 1) % text.window != 0).collect();
-        tokens.par_extend(scored.into_par_iter().map(|i| {
-            let row = |logits: &'_ [f32]| i * vocab..i * vocab + vocab.min(logits.len());
-            let mine = &logits[row(&logits)];
-            let normal = log_sum_exp(mine);
-            let against = theirs.as_ref().map(|theirs| {
-                let theirs = &theirs[row(theirs)];
-                (divergence(theirs, log_sum_exp(theirs), mine, normal), largest(theirs).0 == largest(mine).0)
-            });
-            Token { nll: normal - mine[ids[i + 1] as usize] as f64, against }
-        }));
+pub fn predictions(
+    text: &Text,
+    batch: usize,
+    mine: Logits<'_>,
+    reference: Option<Logits<'_>>,
+) -> Result<Vec<Token>> {
+    let (logits, theirs) = (mine(batch)?, reference.map(|of| of(batch)).transpose()?);
+    let ids = text.ids_of(batch);
+    let vocab = logits.len() / ids.len();
+    let their_vocab = theirs.as_ref().map_or(vocab, |theirs| theirs.len() / ids.len());
+    let common = vocab.min(their_vocab);
+    let scored: Vec<usize> = (0..ids.len()).filter(|i| (i + 1) % text.window != 0).collect();
+    let predicted = |i: usize| {
+        let mine = &logits[i * vocab..][..vocab];
+        let normal = log_sum_exp(mine);
+        let against = theirs.as_ref().map(|theirs| {
+            let (theirs, mine) = (&theirs[i * their_vocab..][..common], &mine[..common]);
+            let normal = if common == vocab { normal } else { log_sum_exp(mine) };
+            (divergence(theirs, log_sum_exp(theirs), mine, normal), largest(theirs).0 == largest(mine).0)
+        });
+        Token { nll: normal - mine[ids[i + 1] as usize] as f64, against }
+    };
+    let tokens: Vec<Token> = scored.par_iter().map(|&i| predicted(i)).collect();
+    let odd = |token: &Token| !token.nll.is_finite() || token.against.is_some_and(|(kl, _)| !kl.is_finite());
+    match tokens.iter().position(odd) {
+        None => Ok(tokens),
+        Some(at) => {
+            let window = text.batches[batch].samples.start + scored[at] / text.window;
+            let (token, Token { nll, against }) = (scored[at] % text.window + 2, tokens[at]);
+            let what = match against {
+                Some((kl, _)) if nll.is_finite() => format!("the KL divergence is {kl}"),
+                _ => format!("the loss is {nll}"),
+            };
+            Err(Error::input(format!("{what} at token {token} of window {}", window + 1))
+                .fix("check the checkpoint with distq verify: a weight or a scale is NaN or overflows"))
+        }
     }
-    if let Some(at) = tokens.iter().position(|token| !token.nll.is_finite()) {
-        return Err(Error::input(format!("prediction {at} of {} is NaN or infinite", tokens.len()))
-            .fix("check the checkpoint with distq verify: a scale or a weight overflows"));
-    }
-    let count = tokens.len() as f64;
-    let mut divergences: Vec<f64> =
-        tokens.iter().filter_map(|token| token.against.map(|(kl, _)| kl)).collect();
+}
+
+/// The scores of all predictions, in the order of the text.
+pub fn summary(tokens: &[Token], window: usize) -> Scores {
+    let nll: Vec<f64> = tokens.iter().map(|token| token.nll).collect();
+    let kl: Vec<f64> = tokens.iter().filter_map(|token| token.against.map(|(kl, _)| kl)).collect();
     let same = tokens.iter().filter(|token| token.against.is_some_and(|(_, same)| same)).count();
-    let compared = !divergences.is_empty();
-    let mean_kl = divergences.iter().sum::<f64>() / count;
-    divergences.sort_by(f64::total_cmp);
-    let at = (divergences.len() * 99).div_ceil(100).saturating_sub(1);
-    Ok(Scores {
-        model: String::new(),
+    let compared = !kl.is_empty();
+    let loss = mean(&nll);
+    let mut sorted = kl.clone();
+    sorted.sort_by(f64::total_cmp);
+    let at = (sorted.len() * 99).div_ceil(100).saturating_sub(1);
+    Scores {
         tokens: tokens.len(),
-        perplexity: (tokens.iter().map(|token| token.nll).sum::<f64>() / count).exp(),
-        mean_kl: compared.then_some(mean_kl),
-        p99_kl: divergences.get(at).copied(),
-        top1: compared.then_some(same as f64 / count),
-        seconds: 0.0,
-    })
+        loss,
+        loss_error: standard_error(&nll, window - 1),
+        perplexity: loss.exp(),
+        mean_kl: compared.then(|| mean(&kl)),
+        mean_kl_error: standard_error(&kl, window - 1).filter(|_| compared),
+        p99_kl: sorted.get(at).copied(),
+        top1: compared.then_some(same as f64 / tokens.len() as f64),
+        ..Scores::default()
+    }
+}
+
+fn mean(x: &[f64]) -> f64 {
+    x.iter().sum::<f64>() / x.len() as f64
+}
+
+/// The standard error of the mean, from the means of windows of `of` tokens: within a window tokens depend on each
+/// other. None for fewer than two windows.
+fn standard_error(x: &[f64], of: usize) -> Option<f64> {
+    let means: Vec<f64> = x.chunks_exact(of).map(mean).collect();
+    let n = means.len() as f64;
+    let middle = mean(&means);
+    let squares: f64 = means.iter().map(|m| (m - middle) * (m - middle)).sum();
+    (means.len() > 1).then(|| (squares / (n - 1.0) / n).sqrt())
 }
 
 /// The logarithm of a softmax's denominator.
@@ -147,25 +187,65 @@ mod tests {
     use super::*;
     use crate::calibration::micro_batches;
 
+    /// Two windows of three tokens; by prediction: the logits of a vocabulary of two.
+    fn two_windows() -> Text {
+        Text { batches: micro_batches(&[3, 3], 3), ids: vec![0, 1, 1, 1, 0, 1], window: 3 }
+    }
+
+    fn scores(text: &Text, mine: Logits<'_>, reference: Option<Logits<'_>>) -> Scores {
+        let batches = 0..text.batches.len();
+        let tokens: Vec<Token> =
+            batches.flat_map(|batch| predictions(text, batch, mine, reference).unwrap()).collect();
+        summary(&tokens, text.window)
+    }
+
     #[test]
     fn scores_follow_their_definitions() {
-        // Two windows of three tokens, a vocabulary of two; every prediction gives token 1 the odds 3 : 1.
-        let text = Text { batches: micro_batches(&[3, 3], 3), ids: vec![0, 1, 1, 1, 0, 1], window: 3 };
-        let odds = vec![0.0, 3f32.ln(), 0.0, 3f32.ln(), 0.0, 3f32.ln()];
-        let even = vec![0.0; 6];
-        let scores = score(&text, &|_| Ok(odds.clone()), Some(&|_| Ok(even.clone()))).unwrap();
-        assert_eq!(scores.tokens, 4);
-        let nll = -(3.0 * 0.75f64.ln() + 0.25f64.ln()) / 4.0;
-        assert!((scores.perplexity / nll.exp() - 1.0).abs() < 1e-6);
+        // Every prediction gives token 1 the odds 3 : 1.
+        let text = two_windows();
+        let odds = [0.0, 3f32.ln(), 0.0, 3f32.ln(), 0.0, 3f32.ln()];
+        let found = scores(&text, &|_| Ok(odds.to_vec()), Some(&|_| Ok(vec![0.0; 6])));
+        assert_eq!(found.tokens, 4);
+        let nll = [0.75f64, 0.75, 0.25, 0.75].map(|p| -p.ln());
+        let loss = nll.iter().sum::<f64>() / 4.0;
+        assert!((found.loss - loss).abs() < 1e-6 && (found.perplexity / loss.exp() - 1.0).abs() < 1e-6);
+        // The means of the windows lie ln(3) / 2 apart.
+        assert!((found.loss_error.unwrap() - 3f64.ln() / 4.0).abs() < 1e-6);
         let kl = 0.5 * (0.5f64 / 0.25).ln() + 0.5 * (0.5f64 / 0.75).ln();
-        assert!((scores.mean_kl.unwrap() - kl).abs() < 1e-6);
-        assert!((scores.p99_kl.unwrap() - kl).abs() < 1e-6);
-        assert_eq!(scores.top1, Some(0.0));
-        let alone = score(&text, &|_| Ok(odds.clone()), None).unwrap();
-        assert_eq!((alone.mean_kl, alone.top1), (None, None));
-        let mut broken = odds.clone();
-        broken[2] = f32::NAN;
-        let error = score(&text, &|_| Ok(broken.clone()), None).unwrap_err();
-        assert!(error.exit as i32 == 3 && error.to_string().contains("prediction 1 of 4"), "{error}");
+        assert!((found.mean_kl.unwrap() - kl).abs() < 1e-6);
+        assert!((found.p99_kl.unwrap() - kl).abs() < 1e-6);
+        assert!(found.mean_kl_error.unwrap() < 1e-6);
+        assert_eq!(found.top1, Some(0.0));
+        let alone = scores(&text, &|_| Ok(odds.to_vec()), None);
+        assert_eq!((alone.mean_kl, alone.mean_kl_error, alone.top1), (None, None, None));
+    }
+
+    #[test]
+    fn a_padded_vocabulary_is_compared_over_the_common_part() {
+        let text = two_windows();
+        let small = [0.5, 3.0, -1.0, 3.0, 0.0, 2.0];
+        let padded: Vec<f32> = small.chunks(2).flat_map(|row| [row[0], row[1], 1.0, 7.0]).collect();
+        let (small, padded): (Logits<'_>, Logits<'_>) = (&|_| Ok(small.to_vec()), &|_| Ok(padded.clone()));
+        for (mine, reference) in [(small, padded), (padded, small)] {
+            let found = scores(&text, mine, Some(reference));
+            assert!(found.mean_kl.unwrap().abs() < 1e-6 && found.top1 == Some(1.0), "{found:?}");
+        }
+    }
+
+    #[test]
+    fn a_loss_beyond_numbers_is_an_error_and_one_beyond_perplexities_a_result() {
+        let text = two_windows();
+        for (at, value) in [(2, f32::NAN), (2, f32::INFINITY)] {
+            let mut broken = [0.0; 6];
+            broken[at] = value;
+            let error = predictions(&text, 1, &|_| Ok(broken.to_vec()), None).unwrap_err();
+            assert!(error.exit as i32 == 3, "{error}");
+            assert!(error.to_string().contains("at token 3 of window 2"), "{error}");
+        }
+        let sure = [0.0, -3000.0, 0.0, -3000.0, 0.0, 0.0];
+        let found = scores(&text, &|_| Ok(sure.to_vec()), None);
+        assert_eq!((found.loss, found.perplexity), (2250.0, f64::INFINITY));
+        let json = serde_json::to_value(&found).unwrap();
+        assert_eq!((&json["perplexity"], json["loss"].as_f64()), (&serde_json::Value::Null, Some(2250.0)));
     }
 }

@@ -3,6 +3,7 @@
 use std::fmt;
 
 use crate::backend::Compute;
+use crate::units::counted;
 
 /// The outcome. `--json` prints it; its field names are stable.
 #[derive(Clone, Debug, PartialEq, serde::Serialize)]
@@ -17,58 +18,115 @@ pub struct Evaluation {
     pub window_tokens: usize,
     /// The checkpoint that others are compared with.
     pub reference: Option<String>,
-    /// By checkpoint: the reference first, then in the order of the command line.
+    /// By checkpoint: the reference first, then in the order of the command line, each directory once.
     pub models: Vec<Scores>,
 }
 
-/// One checkpoint's scores.
-#[derive(Clone, Debug, PartialEq, serde::Serialize, serde::Deserialize)]
+/// One checkpoint's scores. Numbers that are infinite are null in JSON.
+#[derive(Clone, Debug, Default, PartialEq, serde::Serialize)]
 pub struct Scores {
     /// Its directory.
     pub model: String,
     /// Tokens that were scored.
     pub tokens: usize,
-    /// `exp` of the mean negative log-likelihood.
+    /// Mean negative log-likelihood, in nats.
+    pub loss: f64,
+    /// Its standard error, over windows; absent for a single window.
+    pub loss_error: Option<f64>,
+    /// `exp` of the loss; infinite where that is beyond 709 nats.
     pub perplexity: f64,
     /// Mean over tokens of KL(reference ‖ this), in nats.
     pub mean_kl: Option<f64>,
-    /// The 99th percentile of the same.
+    /// Its standard error, over windows.
+    pub mean_kl_error: Option<f64>,
+    /// The 99th percentile of the KL divergence.
     pub p99_kl: Option<f64>,
     /// Share of tokens where both prefer the same next token.
     pub top1: Option<f64>,
+    /// What of the checkpoint has no part in the scores.
+    pub notes: Vec<String>,
     /// Wall time.
     pub seconds: f64,
+}
+
+/// A number in a column; a dash where it was not measured.
+fn column(value: Option<f64>, digits: usize) -> String {
+    match value {
+        Some(value) if value.is_finite() && value >= 1e7 => format!("{value:.2e}"),
+        Some(value) => format!("{value:.digits$}"),
+        None => "-".to_string(),
+    }
 }
 
 impl fmt::Display for Evaluation {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         writeln!(
             f,
-            "{:>10} {:>9} {:>9} {:>7} {:>8}  checkpoint",
-            "perplexity", "mean KL", "p99 KL", "top-1", "time"
+            "{:>10} {:>8} {:>9} {:>8} {:>8} {:>7} {:>8}  checkpoint",
+            "perplexity", "±", "mean KL", "±", "p99 KL", "top-1", "time"
         )?;
         for scores in &self.models {
-            let number = |value: Option<f64>, digits: usize| match value {
-                Some(value) => format!("{value:.digits$}"),
-                None => "-".to_string(),
-            };
+            let reference = self.reference.as_ref() == Some(&scores.model);
             writeln!(
                 f,
-                "{:>10.3} {:>9} {:>9} {:>7} {:>8}  {}",
-                scores.perplexity,
-                number(scores.mean_kl, 4),
-                number(scores.p99_kl, 3),
-                number(scores.top1, 4),
+                "{:>10} {:>8} {:>9} {:>8} {:>8} {:>7} {:>8}  {}{}",
+                column(Some(scores.perplexity), 3),
+                column(scores.loss_error.map(|error| scores.perplexity * error), 3),
+                column(scores.mean_kl, 4),
+                column(scores.mean_kl_error, 4),
+                column(scores.p99_kl, 3),
+                column(scores.top1, 4),
                 crate::units::duration(scores.seconds),
-                scores.model
+                scores.model,
+                if reference { " (reference)" } else { "" },
             )?;
         }
-        let (windows, tokens, compute) = (self.windows, self.window_tokens, self.compute);
+        for scores in &self.models {
+            if scores.perplexity.is_infinite() {
+                writeln!(f, "{}: the mean loss is {:.1} nats", scores.model, scores.loss)?;
+            }
+            for note in &scores.notes {
+                writeln!(f, "{}: {note}", scores.model)?;
+            }
+        }
+        let (windows, tokens, compute) =
+            (counted(self.windows, "window", "windows"), self.window_tokens, self.compute);
         write!(
             f,
-            "{windows} windows of {tokens} tokens of {}, computed in {compute}; all but a window's first token are \
-             scored",
+            "{windows} of {tokens} tokens of {}, computed in {compute}; all but a window's first token are scored; \
+             ± is the standard error over windows",
             self.text
         )
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_table_shows_what_was_measured_and_nothing_else() {
+        let reference =
+            Scores { model: "a".into(), perplexity: 20.0, loss_error: Some(0.01), ..Scores::default() };
+        let broken = Scores {
+            model: "b".into(),
+            loss: 2250.0,
+            perplexity: f64::INFINITY,
+            mean_kl: Some(3.5),
+            notes: vec!["a note".into()],
+            ..Scores::default()
+        };
+        let evaluation = Evaluation {
+            text: "t".into(),
+            compute: Compute::F32,
+            windows: 1,
+            window_tokens: 8,
+            reference: Some("a".into()),
+            models: vec![reference, broken],
+        };
+        let text = evaluation.to_string();
+        assert!(text.contains("    20.000    0.200         -") && text.contains("a (reference)"), "{text}");
+        assert!(text.contains("       inf        -    3.5000"), "{text}");
+        assert!(text.contains("b: the mean loss is 2250.0 nats\nb: a note\n1 window of"), "{text}");
     }
 }

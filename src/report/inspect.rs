@@ -9,7 +9,11 @@ use serde_json::Value;
 use crate::checkpoint::Checkpoint;
 use crate::error::{LONGEST_NAME, Result, printable};
 use crate::model::{Family, architectures};
-use crate::units::binary;
+use crate::units::{binary, counted};
+use crate::verify::{Description, describe};
+
+/// Names of unquantized modules that are shown.
+const SHOWN: usize = 3;
 
 /// What a directory is. `--json` prints it; its field names are stable.
 #[derive(Clone, Debug, PartialEq, serde::Serialize)]
@@ -44,6 +48,8 @@ pub struct Inspection {
     pub quantization: Option<Value>,
     /// What is used and what is ignored, where that is not plain.
     pub notes: Vec<String>,
+    /// What a quantized checkpoint says of itself.
+    pub quantized: Option<Description>,
 }
 
 /// Reads a directory's configuration and headers.
@@ -67,7 +73,10 @@ pub fn inspect(dir: &Path) -> Result<Inspection> {
         let scale = ["_scale", "_scale_2"].iter().any(|suffix| name.ends_with(suffix));
         parameters += if scale { 0 } else { count * if packed { 2 } else { 1 } };
     }
+    let quantization = config.get("quantization_config").filter(|value| !value.is_null()).cloned();
     Ok(Inspection {
+        quantized: quantization.as_ref().and_then(|_| describe(dir)),
+        quantization,
         dir: dir.display().to_string(),
         supported: supported.is_some(),
         architecture,
@@ -81,7 +90,6 @@ pub fn inspect(dir: &Path) -> Result<Inspection> {
         elements,
         parameters,
         tokenizer: checkpoint.dir.join("tokenizer.json").exists(),
-        quantization: config.get("quantization_config").filter(|value| !value.is_null()).cloned(),
         notes: checkpoint.notes.clone(),
     })
 }
@@ -104,15 +112,21 @@ impl fmt::Display for Inspection {
         writeln!(f, "  parameters    {:.3} billion", self.parameters as f64 / 1e9)?;
         writeln!(
             f,
-            "  stored        {} in {} tensors, {} files",
+            "  stored        {} in {}, {}",
             binary(self.bytes),
-            self.tensors,
-            self.files
+            counted(self.tensors, "tensor", "tensors"),
+            counted(self.files, "file", "files")
         )?;
         let dtypes: Vec<String> = self.elements.iter().map(|(dtype, n)| format!("{dtype} {n}")).collect();
         writeln!(f, "  elements      {}", dtypes.join(", "))?;
         writeln!(f, "  tokenizer     {}", if self.tokenizer { "yes" } else { "no tokenizer.json" })?;
         write!(f, "  quantization  ")?;
+        if let Some(quantized) = &self.quantized.as_ref().filter(|quantized| quantized.layout.is_some()) {
+            let (shown, more) = quantized.ignored.split_at(quantized.ignored.len().min(SHOWN));
+            let more = if more.is_empty() { String::new() } else { format!(" and {} more", more.len()) };
+            let modules = if shown.is_empty() { "none".to_string() } else { shown.join(", ") };
+            return write!(f, "{quantized}\n  unquantized   {modules}{more}");
+        }
         let Some(quantization) = &self.quantization else { return write!(f, "none") };
         let text = |name: &str| quantization.get(name).and_then(Value::as_str).unwrap_or("-");
         write!(f, "{}", printable(text("quant_method"), LONGEST_NAME))?;
@@ -122,7 +136,7 @@ impl fmt::Display for Inspection {
             }
         }
         let ignored = quantization.get("ignore").and_then(Value::as_array).map_or(0, Vec::len);
-        write!(f, ", {ignored} modules ignored")
+        write!(f, ", {} ignored", counted(ignored, "module", "modules"))
     }
 }
 
@@ -139,8 +153,11 @@ mod tests {
         let (source, modelopt, peer) = (golden("src_bf16"), golden("."), golden("peer"));
         assert_eq!(source.quantization, None);
         assert_eq!((source.layers, source.tensors), (Some(2), 21));
-        assert!(modelopt.to_string().contains("modelopt, NVFP4"), "{modelopt}");
-        assert!(peer.to_string().contains("compressed-tensors, nvfp4-pack-quantized"), "{peer}");
+        let said =
+            "layout modelopt, nvfp4, KV cache fp8, written by modelopt 0.43.0\n  unquantized   lm_head";
+        assert!(modelopt.to_string().ends_with(said), "{modelopt}");
+        let said = "layout compressed-tensors, nvfp4, KV cache fp8, written by compressed-tensors 0.19.0";
+        assert!(peer.to_string().contains(said) && peer.to_string().contains("tensors, 1 file\n"), "{peer}");
         assert_eq!(source.parameters, modelopt.parameters);
         assert_eq!(source.parameters, peer.parameters);
     }

@@ -13,7 +13,7 @@ pub use evaluation::{Evaluation, Scores};
 pub use inspect::{Inspection, inspect};
 pub use phases::Phases;
 pub use place::try_place;
-pub use progress::Progress;
+pub use progress::{Progress, Steps};
 pub use run::{Health, RankReport, RunReport, Seconds};
 pub use timeline::{Bar, Timeline, Work};
 

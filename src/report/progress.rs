@@ -1,7 +1,7 @@
 //! Progress on rank 0: a bar where a terminal shows it, a line every few seconds elsewhere.
 
 use std::io::IsTerminal;
-use std::sync::OnceLock;
+use std::sync::{Mutex, OnceLock};
 use std::time::{Duration, Instant};
 
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
@@ -11,44 +11,82 @@ use crate::units::duration;
 
 const LINE_EVERY: Duration = Duration::from_secs(10);
 
-/// The progress of the whole job, in steps of one layer over one micro-batch.
-pub struct Progress {
-    bar: ProgressBar,
-    plain: Option<Plain>,
-    total: u64,
-    started: Instant,
-    reached: Vec<(usize, usize, usize)>,
-}
-
 /// The bar that is on the terminal.
 static SHOWN: OnceLock<ProgressBar> = OnceLock::new();
 
 /// How long a launcher gets to pass on that the bar is gone: what is said next goes another way through it.
 const PASSING_ON: Duration = Duration::from_millis(50);
 
-struct Plain {
-    last: Instant,
+/// Steps of equal length towards a known total.
+pub struct Steps {
+    bar: ProgressBar,
+    /// When a line was last written, where lines are written.
+    last_line: Option<Mutex<Instant>>,
+    unit: &'static str,
+    total: u64,
+    started: Instant,
 }
 
-impl Progress {
-    /// Shows `total` steps of `plan`. Open MPI gives ranks a terminal on stdout and a pipe on stderr, so
-    /// stdout decides; `quiet` shows nothing.
-    pub fn new(total: u64, plan: &Plan, quiet: bool) -> Progress {
-        let terminal = std::io::stdout().is_terminal();
-        let target = if terminal && !quiet {
-            ProgressDrawTarget::stdout_with_hz(5)
-        } else {
-            ProgressDrawTarget::hidden()
-        };
+impl Steps {
+    /// Shows `total` steps, called `unit`, of a command whose result goes to files. Open MPI gives ranks a terminal on
+    /// stdout and a pipe on stderr, so stdout decides; `quiet` shows nothing.
+    pub fn new(total: u64, unit: &'static str, quiet: bool) -> Steps {
+        Steps::on(ProgressDrawTarget::stdout_with_hz(5), std::io::stdout().is_terminal(), total, unit, quiet)
+    }
+
+    /// The same of a command whose result goes to stdout, where a bar would be a part of it.
+    pub fn beside_result(total: u64, unit: &'static str, quiet: bool) -> Steps {
+        Steps::on(ProgressDrawTarget::stderr_with_hz(5), std::io::stderr().is_terminal(), total, unit, quiet)
+    }
+
+    fn on(shown: ProgressDrawTarget, terminal: bool, total: u64, unit: &'static str, quiet: bool) -> Steps {
+        let target = if terminal && !quiet { shown } else { ProgressDrawTarget::hidden() };
         let bar = ProgressBar::with_draw_target(Some(total), target);
-        let style = "{bar:30} {pos}/{len} layer passes  {per_sec}  {elapsed} < {eta}  {msg}";
-        bar.set_style(ProgressStyle::with_template(style).expect("the template is constant"));
+        let style = format!("{{bar:30}} {{pos}}/{{len}} {unit}  {{per_sec}}  {{elapsed}} < {{eta}}  {{msg}}");
+        bar.set_style(ProgressStyle::with_template(&style).expect("the template is constant"));
         if !bar.is_hidden() {
             let _ = SHOWN.set(bar.clone());
         }
-        let plain = (!terminal && !quiet).then(|| Plain { last: Instant::now() });
+        let last_line = (!terminal && !quiet).then(|| Mutex::new(Instant::now()));
+        Steps { bar, last_line, unit, total, started: Instant::now() }
+    }
+
+    /// Says what the coming steps belong to.
+    pub fn say(&self, what: String) {
+        self.bar.set_message(what);
+    }
+
+    /// Counts one step.
+    pub fn step(&self) {
+        self.bar.inc(1);
+        let Some(last) = &self.last_line else { return };
+        let mut last = last.lock().expect("no holder of this lock panics");
+        if last.elapsed() >= LINE_EVERY {
+            *last = Instant::now();
+            let (done, seconds) = (self.bar.position(), self.started.elapsed().as_secs_f64());
+            let left = seconds / done as f64 * self.total.saturating_sub(done) as f64;
+            let (total, unit, left, what) = (self.total, self.unit, duration(left), self.bar.message());
+            tracing::info!("{done}/{total} {unit}, about {left} left, {what}");
+        }
+    }
+
+    /// Takes the bar away.
+    pub fn finish(&self) {
+        self.bar.finish_and_clear();
+    }
+}
+
+/// The progress of the whole job, in steps of one layer over one micro-batch.
+pub struct Progress {
+    steps: Steps,
+    reached: Vec<(usize, usize, usize)>,
+}
+
+impl Progress {
+    /// Shows `total` steps of `plan`; `quiet` shows nothing.
+    pub fn new(total: u64, plan: &Plan, quiet: bool) -> Progress {
         let reached = plan.stages.iter().map(|s| (s.rank, s.layers.start, s.layers.end)).collect();
-        Progress { bar, plain, total, started: Instant::now(), reached }
+        Progress { steps: Steps::new(total, "layer passes", quiet), reached }
     }
 
     /// Counts one layer of one rank over one micro-batch.
@@ -56,21 +94,8 @@ impl Progress {
         if let Some(entry) = self.reached.iter_mut().find(|(of, ..)| *of == rank) {
             entry.1 = layer;
         }
-        self.bar.inc(1);
-        let due = self.plain.as_ref().is_some_and(|plain| plain.last.elapsed() >= LINE_EVERY);
-        if due {
-            self.plain = Some(Plain { last: Instant::now() });
-            let (done, seconds) = (self.bar.position(), self.started.elapsed().as_secs_f64());
-            let left = seconds / done as f64 * (self.total - done) as f64;
-            tracing::info!(
-                "{done}/{} layer passes, about {} left, {}",
-                self.total,
-                duration(left),
-                self.stages()
-            );
-        } else if !self.bar.is_hidden() {
-            self.bar.set_message(self.stages());
-        }
+        self.steps.say(self.stages());
+        self.steps.step();
     }
 
     fn stages(&self) -> String {
@@ -84,7 +109,7 @@ impl Progress {
 
     /// Takes the bar away.
     pub fn finish(&self) {
-        self.bar.finish_and_clear();
+        self.steps.finish();
     }
 
     /// Takes the bar away from any thread, if there is one, and for good.

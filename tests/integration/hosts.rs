@@ -2,13 +2,13 @@
 
 use std::process::Command;
 
+use crate::skipped::skipped;
 use crate::support::Scene;
 
 /// What the script ends with where the machine makes no network namespaces.
 const SKIPPED: i32 = 77;
 
-/// Runs a script of `tests/hosts/` with at most `seconds`; skipped loudly where it can't do its work.
-#[allow(clippy::print_stderr)] // a skipped test says so
+/// Runs a script of `tests/hosts/` with at most `seconds`; skipped where it can't do its work.
 fn script(name: &str, scene: &Scene, seconds: u32) {
     let script = format!("{}/tests/hosts/{name}", env!("CARGO_MANIFEST_DIR"));
     let run = Command::new("timeout")
@@ -19,8 +19,7 @@ fn script(name: &str, scene: &Scene, seconds: u32) {
         .unwrap();
     let said = String::from_utf8_lossy(&run.stderr);
     if run.status.code() == Some(SKIPPED) {
-        eprintln!("{said}");
-        return;
+        return skipped(&said);
     }
     assert!(run.status.success(), "{}{said}", String::from_utf8_lossy(&run.stdout));
 }

@@ -1,6 +1,7 @@
 //! The real binary, alone and under a real mpirun, and the forward pass against Transformers.
 
 mod bad_input;
+mod eval;
 mod extremes;
 mod families;
 mod faults;
@@ -11,5 +12,7 @@ mod methods;
 mod model_dirs;
 mod ranks;
 mod resume;
+#[path = "../skipped/mod.rs"]
+mod skipped;
 mod smollm2;
 mod support;

@@ -6,6 +6,7 @@ use std::process::Command;
 
 use serde_json::Value;
 
+use crate::skipped::skipped;
 use crate::support::{Distq, Scene, digests, signal};
 
 /// A scene of many micro-batches.
@@ -208,7 +209,6 @@ fn a_directory_that_is_no_use_is_named_before_anything_is_made() {
 }
 
 #[test]
-#[allow(clippy::print_stderr)] // a skipped test says so
 fn a_full_directory_ends_a_run_only_where_it_needs_it() {
     let scene = scene();
     // The mount ends with its namespace.
@@ -224,8 +224,7 @@ fn a_full_directory_ends_a_run_only_where_it_needs_it() {
     let ended = on_small_disk(&["--memory-per-rank", "100MiB"]);
     let text = said(&ended);
     if ended.status.code() == Some(77) || text.contains("unshare failed") {
-        eprintln!("SKIPPED: this machine mounts nothing: {text}");
-        return;
+        return skipped(&format!("this machine mounts nothing: {text}"));
     }
     assert!(ended.status.success() && text.contains("the run goes on"), "{text}");
     quantize(&scene, "expected", "smooth+wsweep").succeed();

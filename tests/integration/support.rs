@@ -416,6 +416,10 @@ pub fn digests(dir: &Path) -> BTreeMap<String, String> {
 pub struct Random(pub u32);
 
 impl Random {
+    pub fn new(seed: u32) -> Random {
+        Random(seed)
+    }
+
     pub fn next(&mut self) -> u32 {
         self.0 ^= self.0 << 13;
         self.0 ^= self.0 >> 17;
