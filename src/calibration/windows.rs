@@ -55,11 +55,12 @@ impl Windows<'_> {
     fn tokens(&self, dir: &Path, content: &str) -> Result<Vec<u32>> {
         let enough = self.count.map_or(usize::MAX, |count| count.saturating_mul(self.length));
         let (dir, text) = (dir.to_path_buf(), content.to_string());
-        confined::run(Limits::for_text(content.len()), move || Tokenize::new(&dir).plain(&text, enough)).map_err(
-            |error| {
-                error.fix("put the tokenizer files of the model that the checkpoint was made of into its directory")
-            },
-        )
+        confined::run(Limits::for_text(content.len()), move || Tokenize::new(&dir).plain(&text, enough))
+            .map_err(|error| {
+                error.fix(
+                    "put the tokenizer files of the model that the checkpoint was made of into its directory",
+                )
+            })
     }
 
     fn cut(&self, ids: Vec<u32>) -> Result<Vec<Vec<u32>>> {
