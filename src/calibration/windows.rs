@@ -5,6 +5,7 @@ use std::path::{Path, PathBuf};
 use super::tokenize::Tokenize;
 use crate::confined::{self, Limits};
 use crate::error::{Error, Result};
+use crate::units::counted;
 
 /// How a file of text is cut.
 pub struct Windows<'a> {
@@ -68,8 +69,8 @@ impl Windows<'_> {
         let wanted = self.count.unwrap_or(there.max(1));
         if there < wanted {
             return Err(Error::input(format!(
-                "{} tokens are {there} windows of {}, {wanted} are needed",
-                ids.len(),
+                "the text has {}, which is {there} windows of {}, and {wanted} are needed",
+                counted(ids.len(), "token", "tokens"),
                 self.length
             ))
             .file(self.file)

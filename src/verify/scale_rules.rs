@@ -62,7 +62,8 @@ pub(super) const RULES: &[Rule] = &[
     },
 ];
 
-fn has_linears(subject: &Subject) -> bool {
+/// Whether there are NVFP4 linears.
+pub(super) fn has_linears(subject: &Subject) -> bool {
     !subject.linears.is_empty() || !subject.unread.is_empty()
 }
 

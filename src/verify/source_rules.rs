@@ -3,6 +3,7 @@
 use rayon::prelude::*;
 
 use super::folds::holds_factor;
+use super::scale_rules::has_linears;
 use super::scan::WORTH_A_LOOK;
 use super::subject::Subject;
 use super::{Concerns, Findings, Rule, any, same_config};
@@ -23,7 +24,7 @@ pub(super) const RULES: &[Rule] = &[
         id: "S2",
         title: "dequantized weights are close to the source",
         concerns: SOURCE,
-        about: has_distances,
+        about: has_linears,
         check: close,
     },
     Rule {
@@ -104,10 +105,6 @@ fn explained(subject: &Subject, there: &SourceTensor) -> bool {
     here.len() == values.len() && here.iter().zip(&values).all(|(h, t)| holds_factor(there.dtype, *h, *t))
 }
 
-fn has_distances(subject: &Subject) -> bool {
-    subject.linears.iter().any(|scan| scan.distance.is_some())
-}
-
 /// The relative error up to which any weights are close to the source. NVFP4 loses about 9.5 % of a Gaussian weight's
 /// norm; swapped nibbles, a wrong scale or another tensor all of it.
 const CLOSE: f64 = 0.25;
@@ -119,7 +116,11 @@ const CLOSE_TO_MAX: f64 = 2.0;
 /// Only a comparison with the source sees weights that are not the source's.
 fn close(subject: &Subject, findings: &mut Findings) {
     for scan in &subject.linears {
-        let Some(relative) = scan.distance.map(|distance| distance.relative()) else { continue };
+        let Some(relative) = scan.distance.map(|distance| distance.relative()) else {
+            findings
+                .error(format!("{}: the source has no BF16, F16 or F32 weight of its shape", scan.module));
+            continue;
+        };
         let max = scan.max_distance.map_or(0.0, |distance| distance.relative());
         if relative.is_nan() || relative > CLOSE.max(CLOSE_TO_MAX * max) {
             let text = format!("{}: relative error {relative:.3}, {max:.3} under max scales", scan.module);

@@ -394,6 +394,11 @@ const CASES: &[Case] = &[
     }),
     ("S1", Level::Error, CT, |g| g.bytes("model.norm.weight", |b| b[0] ^= 1)),
     ("S1", Level::Error, MO, |g| g.bytes("model.embed_tokens.weight", |b| b[100] ^= 1)),
+    // The source lacks a weight: nothing was compared, which is not the same as being close.
+    ("S2", Level::Error, CT, |g| {
+        let source = g.source.path().join("model.safetensors");
+        change_tensors(&source, "none", |t| assert!(t.remove(&format!("{O}.weight")).is_some()));
+    }),
     ("S3", Level::Error, CT, |g| g.json("config.json", |c| c["rope_theta"] = json!(77.0))),
     ("S4", Level::Error, CT, |g| g.bytes(&format!("{DOWN}.weight_packed"), |b| b[9] ^= 0x10)),
     ("S4", Level::Error, MO, |g| g.bytes(&format!("{DOWN}.weight_scale"), |b| b[9] -= 1)),
