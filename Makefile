@@ -19,7 +19,7 @@ NP    ?= 3
 # Documents that the demo calibrates with; distq's own default is 256.
 SAMPLES ?= 64
 
-.PHONY: all setup build fixtures nvrtc demo test gpu-test slurm-test mpi-test fault-test check bench third-party clean
+.PHONY: all setup build fixtures nvrtc demo test gpu-test slurm-test mpi-test fault-test fuzz check bench third-party clean
 
 all: build
 
@@ -77,6 +77,13 @@ mpi-test: setup fixtures
 # Ranks killed at random moments, and resumed.
 fault-test: build fixtures
 	python3 bench/faults.py
+
+# Mutated input for every parser: N cases from SEED on, or the one CASE again.
+N    ?= 20000
+SEED ?= 1
+fuzz: setup
+	DISTQ_FUZZ_CASES=$(N) DISTQ_FUZZ_SEED=$(SEED) DISTQ_FUZZ_CASE=$(CASE) \
+	    cargo test --release --test integration mutated_files
 
 # How fast: the number format, matrix products, and whole runs beside nvidia-modelopt.
 bench: build fixtures $(CACHE)/text/wiki_eval.txt

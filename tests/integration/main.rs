@@ -10,6 +10,7 @@ mod job;
 mod machines;
 mod methods;
 mod model_dirs;
+mod mutation;
 mod ranks;
 mod resume;
 #[path = "../skipped/mod.rs"]

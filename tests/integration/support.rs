@@ -216,6 +216,12 @@ pub struct Distq {
 /// No run of a tiny model takes this long: a rank that hangs is a failure.
 const LIMIT: Duration = Duration::from_secs(240);
 
+impl From<Vec<String>> for Distq {
+    fn from(args: Vec<String>) -> Distq {
+        Distq { ranks: None, args: args.into_iter().map(Into::into).collect(), broken: None }
+    }
+}
+
 impl Distq {
     pub fn new(args: &[&str]) -> Distq {
         Distq { ranks: None, args: args.iter().map(Into::into).collect(), broken: None }
@@ -418,6 +424,21 @@ pub struct Random(pub u32);
 impl Random {
     pub fn new(seed: u32) -> Random {
         Random(seed)
+    }
+
+    /// Other numbers for each seed.
+    pub fn seeded(seed: u32) -> Random {
+        // Numbers near each other begin alike, and zero stays zero.
+        let mut random = Random(seed.wrapping_mul(0x9E37_79B9) | 1);
+        for _ in 0..8 {
+            random.next();
+        }
+        random
+    }
+
+    /// One of several.
+    pub fn of<'a, T: ?Sized>(&mut self, choices: &[&'a T]) -> &'a T {
+        choices[self.below(choices.len())]
     }
 
     pub fn next(&mut self) -> u32 {
