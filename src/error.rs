@@ -137,10 +137,11 @@ impl fmt::Display for Error {
     }
 }
 
-/// Characters of a name, of a path and of a sentence that are printed at most.
+/// Characters of a name that are printed at most.
 pub const LONGEST_NAME: usize = 200;
 const LONGEST_PATH: usize = 1000;
-const LONGEST_TEXT: usize = 2000;
+/// Characters of a sentence that are printed at most.
+pub const LONGEST_TEXT: usize = 2000;
 
 /// Text from outside as it may be printed: control characters, and those that change the direction of text or begin
 /// a line, are escaped as JSON escapes them; of text with more characters than `longest` the middle is left out.
@@ -211,7 +212,7 @@ mod tests {
             .tensor(format!("{}é", "w\u{7}".repeat(200_000)));
         let text = error.to_string();
         assert!(text.starts_with("no \\u001b[2J (a\\u000a\\u009b31m, tensor w\\u0007w"), "{text}");
-        assert!(text.ends_with("é)") && text.contains("399801 characters left out"), "{text}");
+        assert!(text.ends_with("é)") && text.contains("399802 characters left out"), "{text}");
         assert!(text.len() < 1500 && !text.chars().any(char::is_control), "{text}");
         assert_eq!(printable("model.layers.0.ü\u{202e}", 200), "model.layers.0.ü\\u202e");
         // What came from another rank has been escaped there, and stays as it is.

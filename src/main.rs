@@ -8,6 +8,7 @@ use std::process::ExitCode;
 use std::time::Duration;
 
 use distq::cluster::{Cluster, launch};
+use distq::error::{LONGEST_TEXT, printable};
 use distq::report::Progress;
 use tracing_subscriber::fmt::format::Writer;
 use tracing_subscriber::fmt::time::{FormatTime, Uptime, uptime};
@@ -52,7 +53,12 @@ fn refused(error: &clap::Error) -> ExitCode {
         std::thread::sleep(PATIENCE);
         let _ = std::io::stderr().write_all(format!("distq: rank {rank}: ").as_bytes());
     }
-    if rank == 0 || is_fault {
+    if is_fault {
+        // What was typed is repeated in the message, and may hold anything.
+        for line in error.render().to_string().lines() {
+            let _ = writeln!(std::io::stderr(), "{}", printable(line, LONGEST_TEXT));
+        }
+    } else if rank == 0 {
         let _ = error.print();
     }
     ExitCode::from(error.exit_code() as u8)

@@ -63,7 +63,11 @@ impl Tokenizer {
             }),
         };
         let mut library = library.map_err(bad)?;
-        added::add(&mut library, model, &config(model)).map_err(bad)?;
+        added::add(&mut library, model, &config(model)).map_err(|e| {
+            Error::input(format!("the added tokens can't be used: {e}"))
+                .file(model.join("tokenizer_config.json"))
+                .fix("download the file again")
+        })?;
         Ok(Tokenizer { library, path, removed_in_front })
     }
 
