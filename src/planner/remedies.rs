@@ -95,7 +95,9 @@ impl Planner<'_> {
             remedies.push(format!("no --layers-per-rank (the ranks then get {} layers)", split.join(", ")));
         }
         error.fix(match remedies.is_empty() {
-            true => "use a machine with more memory in its place, or leave this rank out".to_string(),
+            true => "raise its --memory-per-rank where the machine has more, use a machine with more memory in its \
+                     place, or leave this rank out"
+                .to_string(),
             false => format!("what would fit: {}", remedies.join("; or ")),
         })
     }

@@ -255,5 +255,5 @@ fn evaluating_says_what_is_missing() {
     let ended = Distq::new(&["eval"]).arg(model()).arg("--text").arg(dir.path().join("none.txt")).run();
     assert_eq!((ended.code, ended.stderr.contains("none.txt")), (3, true), "{}", ended.stderr);
     let ended = Distq::new(&["eval"]).arg(model()).arg("--text").arg(&text).args(["--compute", "f16"]).run();
-    assert!(ended.code == 2 && ended.stderr.contains("bf16 or f32"), "{}", ended.stderr);
+    assert!(ended.code == 2 && ended.stderr.contains("bf16, f32"), "{}", ended.stderr);
 }
