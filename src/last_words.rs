@@ -17,6 +17,9 @@ static SPEAKER: OnceLock<String> = OnceLock::new();
 /// length, which lie together on the stack of a thread that never returns.
 static WORDS: AtomicPtr<&'static str> = AtomicPtr::new(std::ptr::null_mut());
 
+/// How long the process is given to be ended by the thread that has taken it upon itself.
+const PATIENCE: Duration = Duration::from_secs(15);
+
 /// What [`WORDS`] points to when the main thread has them: it ends the process.
 static TAKEN: &str = "";
 
@@ -48,16 +51,14 @@ pub fn end(words: &str) -> ! {
         let mine = (&raw const words).cast_mut().cast::<&'static str>();
         let (nothing, taken) = (std::ptr::null_mut(), (&raw const TAKEN).cast_mut());
         if WORDS.compare_exchange(nothing, mine, Ordering::AcqRel, Ordering::Acquire).is_err() {
-            // Another thread has spoken, and ends the process.
-            loop {
-                std::thread::sleep(Duration::from_secs(1));
-            }
+            // Another thread has spoken, and ends the process. If that can't go on either, this one does.
+            std::thread::sleep(PATIENCE);
         }
         // Sleeping is a system call and nothing else.
         std::thread::sleep(Duration::from_secs(2));
-        while WORDS.load(Ordering::Acquire) == taken {
+        if WORDS.load(Ordering::Acquire) == taken {
             // Taken: the main thread ends the process.
-            std::thread::sleep(Duration::from_secs(1));
+            std::thread::sleep(PATIENCE);
         }
     }
     let parts = ["distq: ", speaker, words, "\n"]

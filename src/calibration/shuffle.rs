@@ -62,6 +62,8 @@ impl Shuffled {
             }
         }
         self.is_done = end.is_none();
+        // Where few rows can be used, the file is not to be read again for every few of them.
+        self.most = self.most.saturating_mul(4);
         self.last = kept.keys().next_back().copied();
         self.kept = kept.into_iter();
         Ok(())

@@ -4,7 +4,7 @@
 mod convert;
 mod declared;
 mod digests;
-mod directory;
+pub(crate) mod directory;
 mod fingerprint;
 mod fits;
 mod guard;

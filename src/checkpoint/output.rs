@@ -6,6 +6,7 @@
 use std::ffi::OsStr;
 use std::fs::{self, File};
 use std::io::{ErrorKind, Read};
+use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
 use super::digests::DIGESTS;
@@ -51,6 +52,9 @@ pub struct OutputDir {
     pub resumed: bool,
     /// Whether OUT may be replaced.
     overwrites: bool,
+    /// Where the files of an unfinished run were when it was locked: `OUT.partial/`, or OUT where an earlier process was
+    /// stopped after the rename.
+    place: PathBuf,
     /// Held from the moment at which `OUT.partial/` is there.
     lock: Option<Lock>,
 }
@@ -63,6 +67,11 @@ impl OutputDir {
     /// distq made, or an unfinished run is in the way or still running.
     pub fn check(source: &Path, out: &Path, existing: Existing) -> Result<OutputDir> {
         let out = absolute(out)?;
+        if out.to_str().is_none() {
+            return Err(Error::usage("the output's path is not UTF-8")
+                .file(&out)
+                .fix("choose a path of plain letters"));
+        }
         let source = fs::canonicalize(source).unwrap_or_else(|_| source.to_path_buf());
         let mut name = out.file_name().unwrap_or_default().to_os_string();
         name.push(".partial");
@@ -77,7 +86,16 @@ impl OutputDir {
         }
         let unfinished = is_directory(&partial)?;
         let vacant = !is_directory(&out)? || entries(&out)?.is_empty();
+        if !is_on_the_disk_of_its_parent(&out) {
+            return Err(Error::usage(
+                "the output's name is that of a mount point, which can't be replaced by a rename",
+            )
+            .file(&out)
+            .fix("name a directory inside of it"));
+        }
         let (mut overwrites, mut locked) = (existing == Existing::Overwrite, unfinished.then_some(&partial));
+        // OUT of a run that was stopped after the rename is this run's own.
+        let mut is_ours = false;
         match existing {
             Existing::Refuse if unfinished => {
                 // Dropped at once: only whether another process holds it matters.
@@ -97,7 +115,7 @@ impl OutputDir {
             // Stopped between the rename and the removal of its journal.
             Existing::Resume if out.join(JOURNAL).exists() => {
                 only_files(&out)?;
-                (overwrites, locked) = (true, Some(&out));
+                (overwrites, locked, is_ours) = (out.join(OVERWRITES).exists(), Some(&out), true);
             }
             Existing::Resume if vacant => {
                 return Err(Error::usage("there is no unfinished run to resume")
@@ -110,18 +128,19 @@ impl OutputDir {
             }
             Existing::Refuse | Existing::Resume => {}
         }
-        if !vacant && !overwrites {
+        if !vacant && !overwrites && !is_ours {
             return Err(Error::usage("the output exists")
                 .file(&out)
                 .fix("choose another name, or use --overwrite"));
         }
         let lock = locked.map(|dir| Lock::acquire(dir)).transpose()?;
-        Ok(OutputDir { out, partial, resumed: existing == Existing::Resume, overwrites, lock })
+        let place = locked.unwrap_or(&partial).clone();
+        Ok(OutputDir { out, partial, resumed: existing == Existing::Resume, overwrites, place, lock })
     }
 
     /// Where the run's files are: `OUT.partial/`, or OUT where an earlier process was stopped after the rename.
     pub fn place(&self) -> &Path {
-        if self.resumed && !self.partial.exists() { &self.out } else { &self.partial }
+        &self.place
     }
 
     /// Creates `OUT.partial/`, empty but for the lock, or brings that of an unfinished run back.
@@ -130,10 +149,12 @@ impl OutputDir {
     /// Exit code 2 where another run was faster, 5 where the file system refuses.
     pub fn create(&mut self) -> Result<()> {
         if self.resumed {
-            let place = self.place();
-            if place != self.partial {
-                fs::rename(place, &self.partial)
-                    .map_err(|e| failed("can't go on with the published output", place, e))?;
+            if self.place != self.partial {
+                fs::rename(&self.place, &self.partial)
+                    .map_err(|e| failed("can't go on with the published output", &self.place, e))?;
+                self.place.clone_from(&self.partial);
+                // A new output has taken its place, and its removal may have begun.
+                self.remove_replaced()?;
             }
             return self.forget_descriptions();
         }
@@ -162,7 +183,7 @@ impl OutputDir {
     /// Removes what an earlier process wrote beside the weights. It is written anew, and a file that the source has no
     /// more would stay.
     fn forget_descriptions(&self) -> Result<()> {
-        self.remove(is_description)
+        self.remove(|name| WRITTEN.contains(&name) || is_side_file(name))
     }
 
     fn remove(&self, which: impl Fn(&str) -> bool) -> Result<()> {
@@ -185,14 +206,22 @@ impl OutputDir {
     /// until there is a new one.
     fn empty(&self) -> Result<()> {
         let replaced = self.partial.join(REPLACED);
-        if replaced.exists() && !self.out.exists() {
+        // An empty directory may have been made in its place; a rename replaces that.
+        if replaced.exists() && entries(&self.out).map_or(true, |names| names.is_empty()) {
             fs::rename(&replaced, &self.out)
                 .map_err(|e| failed("can't put the old output back", &self.out, e))?;
         }
-        if replaced.exists() {
-            fs::remove_dir_all(&replaced).map_err(|e| failed("can't remove", &replaced, e))?;
-        }
+        self.remove_replaced()?;
         self.remove(|name| name != LOCK)
+    }
+
+    /// Removes an output that was moved away to be replaced.
+    fn remove_replaced(&self) -> Result<()> {
+        let replaced = self.partial.join(REPLACED);
+        match replaced.exists() {
+            true => fs::remove_dir_all(&replaced).map_err(|e| failed("can't remove", &replaced, e)),
+            false => Ok(()),
+        }
     }
 
     /// Makes `OUT` appear, complete, in one rename, when all of it is on the disk; then removes what is not part of it.
@@ -206,9 +235,7 @@ impl OutputDir {
         let replaced = self.partial.join(REPLACED);
         let replaces = self.replaces()?;
         if replaces {
-            if replaced.exists() {
-                fs::remove_dir_all(&replaced).map_err(|e| failed("can't remove", &replaced, e))?;
-            }
+            self.remove_replaced()?;
             fs::rename(&self.out, &replaced)
                 .map_err(|e| failed("can't move the old output away", &self.out, e))?;
         }
@@ -258,6 +285,16 @@ impl OutputDir {
                 );
             }
         }
+    }
+}
+
+/// Whether a directory of this name is on the same disk as the directory around it: a mount point can't be renamed, nor
+/// replaced by a rename.
+fn is_on_the_disk_of_its_parent(out: &Path) -> bool {
+    let disk = |path: &Path| fs::metadata(path).map(|found| found.dev());
+    match (disk(out), out.parent().map(disk)) {
+        (Ok(mine), Some(Ok(around))) => mine == around,
+        _ => true,
     }
 }
 
@@ -339,16 +376,11 @@ fn replaceable(dir: &Path) -> Result<()> {
     }
 }
 
-/// Files that stand beside the weights of many checkpoints, and are not carried over.
-const OTHERS: [&str; 7] = [
-    "config.json",
-    "hf_quant_config.json",
-    DIGESTS,
-    "model.safetensors.index.json",
-    "README.md",
-    ".gitattributes",
-    "recipe.yaml",
-];
+/// Files beside the weights that distq writes.
+const WRITTEN: [&str; 4] = ["config.json", "hf_quant_config.json", DIGESTS, "model.safetensors.index.json"];
+
+/// Files that stand beside the weights of many checkpoints. distq neither writes nor carries them over.
+const OTHERS: [&str; 3] = ["README.md", ".gitattributes", "recipe.yaml"];
 
 /// Whether a name alone says that a file belongs to a checkpoint or to an unfinished run. Programs may be anybody's.
 fn is_of_checkpoint(name: &str) -> bool {
@@ -359,7 +391,7 @@ fn is_of_checkpoint(name: &str) -> bool {
 
 /// Whether a file stands beside the weights of a checkpoint and describes it.
 fn is_description(name: &str) -> bool {
-    OTHERS.contains(&name) || is_side_file(name)
+    WRITTEN.contains(&name) || OTHERS.contains(&name) || is_side_file(name)
 }
 
 /// The names in a `digests.json`, which is in every output of distq and names all of its files.

@@ -347,12 +347,6 @@ impl Checkpoint {
         self.tensors.values().map(|entry| entry.bytes).sum()
     }
 
-    /// Whether config.json or hf_quant_config.json says that the weights are quantized.
-    pub fn is_quantized(&self) -> bool {
-        self.config.get("quantization_config").is_some_and(|value| !value.is_null())
-            || self.dir.join("hf_quant_config.json").exists()
-    }
-
     /// Checks that these are weights to quantize: in full precision, and not described as anything else.
     ///
     /// # Errors

@@ -86,8 +86,8 @@ fn undo_default_binding() {
         return;
     }
     let cores = launcher().and_then(|pid| allowed(&pid.to_string())).map(|list| cpus(&list));
-    // SAFETY: a cpu_set_t is a plain bit mask, valid when zeroed. CPU_SET changes nothing where the number is beyond the
-    // mask, and the call only reads it; the kernel leaves out what the cpuset does not allow.
+    // SAFETY: a cpu_set_t is a plain bit mask, valid when zeroed. Numbers beyond the mask, for which CPU_SET
+    // would panic, are left out; the call only reads it, and the kernel leaves out what the cpuset does not allow.
     unsafe {
         let mut mask: libc::cpu_set_t = std::mem::zeroed();
         let every = 0..libc::CPU_SETSIZE as usize;

@@ -68,8 +68,9 @@ pub fn evaluate(cluster: &Cluster, options: &Options) -> Result<Evaluation> {
     let device = open_device(cluster, options.device, options.compute, machine.threads)?;
     let free = device.memory().map_or(machine.memory, |(free, _)| free);
     // Each layer over each micro-batch, and the scoring of this rank's.
-    let passes = |weights: &Weights| slice(cluster, weights.model.layers).len() + 1;
-    let steps = all.iter().map(passes).sum::<usize>() * text.batches.len();
+    let scored = (0..text.batches.len()).filter(|batch| batch % cluster.size() == cluster.rank()).count();
+    let passes = |weights: &Weights| slice(cluster, weights.model.layers).len() * text.batches.len() + scored;
+    let steps = all.iter().map(passes).sum::<usize>();
     let steps = Steps::beside_result(steps as u64, "passes", options.quiet || !cluster.is_root());
     let judge = Judge { device: &device, text: &text, room: free / 2, steps: &steps };
 

@@ -188,7 +188,7 @@ impl<S: Solver> Layer<'_, S> {
                     Site::O | Site::Down => None,
                 };
                 let held = held.filter(|&site| folds.has(site));
-                if room {
+                if room && group.headroom > 1.0 {
                     room = false;
                 } else if held.is_some() && !folds.has(site) {
                     held.into_iter().for_each(|site| folds.give_up(site));

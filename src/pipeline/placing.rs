@@ -2,7 +2,7 @@
 
 use std::collections::HashSet;
 use std::fs::{File, OpenOptions};
-use std::io::Read;
+use std::io::{Read, Write};
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 
@@ -116,10 +116,6 @@ fn prepare(
         }
     }
     history.records = whole;
-    let journal = match begun {
-        Some(journal) => journal,
-        None => Journal::resume(&dir.partial, fingerprint, &history)?,
-    };
     let now = std::time::SystemTime::now();
     let word = blake3::hash(format!("{}-{now:?}-{fingerprint:?}", std::process::id()).as_bytes()).to_hex();
     let before = nonce_in(&dir.partial).unwrap_or_default();
@@ -127,7 +123,17 @@ fn prepare(
     let goes_on = dir.resumed && !before.is_empty() && !history.changed;
     let nonce = format!("{} {word}", if goes_on { run_of(&before) } else { &word[..16] });
     let path = dir.partial.join(NONCE);
-    std::fs::write(&path, &nonce).map_err(|e| Error::run(format!("can't write: {e}")).file(&path))?;
+    let written = File::create(&path).and_then(|mut file| {
+        file.write_all(nonce.as_bytes())?;
+        file.sync_all()
+    });
+    written.map_err(|e| Error::run(format!("can't write: {e}")).file(&path))?;
+    // After the run's name: where a process dies between the two, the journal still has the old weights, and the next
+    // one takes another name again.
+    let journal = match begun {
+        Some(journal) => journal,
+        None => Journal::resume(&dir.partial, fingerprint, &history)?,
+    };
     let History { records, observed, .. } = history;
     Ok((RootOutput { dir, journal, records }, files, observed, nonce))
 }

@@ -10,6 +10,7 @@ use serde_json::Value;
 
 use super::subject::Subject;
 use super::{Concerns, Findings, Rule};
+use crate::checkpoint::directory;
 
 /// The file that says so: `{"algorithm": "blake3", "files": {…}}`, by name a digest, or for a safetensors file
 /// `{"header": …, "tensors": {…}}`. It stands as `serde_json` prints it, with a line's end behind it.
@@ -19,18 +20,21 @@ pub(super) const RULES: &[Rule] = &[Rule {
     id: "A19",
     title: "every byte is the one that digests.json names",
     concerns: Concerns::Directory,
-    about: |subject| subject.dir.join(DIGESTS).exists(),
+    about: |subject| subject.dir.join(DIGESTS).symlink_metadata().is_ok(),
     check: as_written,
 }];
+
+/// A digests.json of more bytes is read by nobody.
+const LARGEST: u64 = 256 << 20;
 
 /// Bytes that are read at a time.
 const READ: u64 = 8 << 20;
 
 /// A bit that flips on a disk or on its way through a network is seen by no loader.
 fn as_written(subject: &Subject, findings: &mut Findings) {
-    let text = match std::fs::read(subject.dir.join(DIGESTS)) {
+    let text = match directory::read(&subject.dir, DIGESTS, LARGEST) {
         Ok(text) => text,
-        Err(e) => return findings.error(format!("{DIGESTS}: can't read: {e}")),
+        Err(e) => return findings.error(e.to_string()),
     };
     let value: Value = match serde_json::from_slice(&text) {
         Ok(value) => value,
@@ -59,11 +63,10 @@ fn file(subject: &Subject, name: &str, expected: &str) -> Option<String> {
     if !Path::new(name).components().all(|part| matches!(part, Component::Normal(_))) {
         return Some(format!("{DIGESTS} names {name}, which is not in this directory"));
     }
-    let digest = File::open(subject.dir.join(name)).and_then(|file| {
-        let bytes = file.metadata()?.len();
-        digest(&file, 0, bytes)
-    });
-    compared(name, digest, expected)
+    match directory::open(&subject.dir, name) {
+        Ok((file, bytes)) => compared(name, digest(&file, 0, bytes), expected),
+        Err(e) => Some(e.to_string()),
+    }
 }
 
 /// What is wrong with a file of weights.
@@ -82,6 +85,11 @@ fn shard(subject: &Subject, name: &str, expected: &Value) -> Vec<String> {
         digest(file, 0, bytes.min(file.metadata()?.len()))
     });
     let of_header = compared(&format!("the header of {name}"), found, header);
+    let mut unnamed: Vec<String> = (subject.tensors.iter())
+        .filter(|(tensor, found)| found.file == number && !tensors.contains_key(*tensor))
+        .map(|(tensor, _)| format!("{name}: {tensor} is not named by {DIGESTS}"))
+        .collect();
+    unnamed.sort();
     let tensors: Vec<(&String, &Value)> = tensors.iter().collect();
     let of_tensor = |(tensor, expected): (&String, &Value)| match subject.tensors.get(tensor) {
         Some(found) if found.file == number => {
@@ -90,7 +98,8 @@ fn shard(subject: &Subject, name: &str, expected: &Value) -> Vec<String> {
         }
         _ => Some(format!("{name}: {tensor} is named by {DIGESTS} and not there")),
     };
-    of_header.into_iter().chain(tensors.into_par_iter().filter_map(of_tensor).collect::<Vec<_>>()).collect()
+    let of_tensors: Vec<String> = tensors.into_par_iter().filter_map(of_tensor).collect();
+    of_header.into_iter().chain(of_tensors).chain(unnamed).collect()
 }
 
 fn compared(what: &str, found: io::Result<String>, expected: &str) -> Option<String> {

@@ -141,23 +141,36 @@ impl Scan<'_> {
         })
     }
 
-    /// The distance of the same weights under max scales with the same global scale.
+    /// The distance of the same weights under max scales. The global scale is the stored one, which may be a larger
+    /// member's, but no smaller than these weights need: a scale that is too small would excuse itself.
     fn under_max(&self) -> Option<Distance> {
-        let part = |buffers: &mut Buffers, part: usize| {
-            let range = part * CHUNK..self.elements.min((part + 1) * CHUNK);
-            let Buffers { stored, w, max_codes, max_scales, .. } = buffers;
-            widen(self.source?, range.clone(), stored, w)?;
-            (self.fold)(range.start, w);
-            max_codes.resize(range.len() / 2, 0);
-            max_scales.resize(range.len() / BLOCK, 0);
-            nvfp4::quantize(w, self.global, max_codes, max_scales);
-            Some(Distance::between(w, max_codes, max_scales, self.global))
-        };
-        let parts = (0..self.elements.div_ceil(CHUNK)).into_par_iter().map_init(Buffers::default, part);
-        parts.collect::<Option<Vec<_>>>()?.into_iter().reduce(|mut sum, part| {
+        let largest = self.folded(|w, _| Some(nvfp4::amax(w)))?.into_iter().fold(0.0, f32::max);
+        let needed = GlobalScale::from_amax(largest);
+        let global = if needed.multiplier() > self.global.multiplier() { needed } else { self.global };
+        let parts = self.folded(|w, Buffers { max_codes, max_scales, .. }| {
+            max_codes.resize(w.len() / 2, 0);
+            max_scales.resize(w.len() / BLOCK, 0);
+            nvfp4::quantize(w, global, max_codes, max_scales);
+            Some(Distance::between(w, max_codes, max_scales, global))
+        })?;
+        parts.into_iter().reduce(|mut sum, part| {
             sum.add(part);
             sum
         })
+    }
+
+    /// What `look` makes of each part of the folded source, in order.
+    fn folded<T: Send>(&self, look: impl Fn(&[f32], &mut Buffers) -> Option<T> + Sync) -> Option<Vec<T>> {
+        let part = |buffers: &mut Buffers, part: usize| {
+            let range = part * CHUNK..self.elements.min((part + 1) * CHUNK);
+            let mut w = std::mem::take(&mut buffers.w);
+            widen(self.source?, range.clone(), &mut buffers.stored, &mut w)?;
+            (self.fold)(range.start, &mut w);
+            let found = look(&w, buffers);
+            buffers.w = w;
+            found
+        };
+        (0..self.elements.div_ceil(CHUNK)).into_par_iter().map_init(Buffers::default, part).collect()
     }
 
     fn part(&self, range: Range<usize>, buffers: &mut Buffers) -> Option<Scanned> {

@@ -297,8 +297,6 @@ impl Solver for Cuda {
     type Factor = Factor;
 
     fn gathered(&self, sums: DeviceSums) -> Result<Gathered<Matrix>> {
-        // They were made on the forward pass's stream.
-        self.synchronize()?;
         let brief = (self.compute == Compute::Bf16).then_some(1.0);
         let (n, products, rows) = sums.into_parts();
         let products = products.map(|data| Matrix { rows: n, cols: n, data, brief: None });
@@ -306,8 +304,11 @@ impl Solver for Cuda {
             let tiles = n.div_ceil(32) as u32;
             let config =
                 LaunchConfig { grid_dim: (tiles, tiles, 1), block_dim: (32, 8, 1), shared_mem_bytes: 0 };
-            launch!(on finishing: self, &self.solving()?.kernels.mirror, config, products.at(self), n as i32)?;
+            // On the forward pass's stream, on which they were made and will be freed.
+            let address = products.data.device_ptr(&self.stream).0;
+            launch!(self, &self.solving()?.kernels.mirror, config, address, n as i32)?;
         }
+        self.synchronize()?;
         let rows = rows.map(|(data, rows)| Matrix { rows, cols: n, data, brief });
         Ok(Gathered { products, rows })
     }

@@ -47,6 +47,10 @@ pub fn rows(path: &Path, head: &[u8], stream: Box<dyn BufRead>) -> Rows {
 fn layout(head: &[u8]) -> Layout {
     let (line, more) = first_line(head);
     let is_array = line.trim_ascii_start().starts_with(b"[");
+    // A list of numbers is a row of token ids, however long it is and even where it is the only one.
+    if is_array && line.trim_ascii_start()[1..].trim_ascii_start().first().is_some_and(u8::is_ascii_digit) {
+        return Layout::Lines;
+    }
     match (parsed(line).is_ok(), first_value(head)) {
         // A line of its own with others behind it, be it a list of ids or of messages.
         (true, _) if !is_array || more => Layout::Lines,

@@ -36,11 +36,15 @@ impl Iterator for Paragraphs {
                     }
                 }
                 Ok(Some(line)) => {
-                    if place.replace(place.unwrap_or(Place("line", self.line))).is_some() {
-                        text.push(b'\n');
-                    }
+                    let is_first = place.is_none();
+                    place = place.or(Some(Place("line", self.line)));
                     match line {
-                        Line::Text(line) if text.len() + line.len() <= LARGEST => text.extend(line),
+                        Line::Text(line) if !is_too_long && text.len() + line.len() < LARGEST => {
+                            if !is_first {
+                                text.push(b'\n');
+                            }
+                            text.extend(line);
+                        }
                         _ => is_too_long = true,
                     }
                 }
