@@ -140,8 +140,7 @@ impl fmt::Display for Error {
 /// Characters of a name that are printed at most.
 pub const LONGEST_NAME: usize = 200;
 const LONGEST_PATH: usize = 1000;
-/// Characters of a sentence that are printed at most.
-pub const LONGEST_TEXT: usize = 2000;
+const LONGEST_TEXT: usize = 2000;
 
 /// Text from outside as it may be printed: control characters, and those that change the direction of text or begin
 /// a line, are escaped as JSON escapes them; of text with more characters than `longest` the middle is left out.

@@ -8,7 +8,7 @@ use std::process::ExitCode;
 use std::time::Duration;
 
 use distq::cluster::{Cluster, launch};
-use distq::error::{LONGEST_TEXT, printable};
+use distq::error::printable;
 use distq::report::Progress;
 use tracing_subscriber::fmt::format::Writer;
 use tracing_subscriber::fmt::time::{FormatTime, Uptime, uptime};
@@ -41,6 +41,9 @@ fn main() -> ExitCode {
     ExitCode::from(cluster.conclude(result) as u8)
 }
 
+/// Characters of a line about the arguments that are printed at most.
+const LONGEST_LINE: usize = 600;
+
 /// How long a rank waits before it says that it can't read its arguments.
 const PATIENCE: Duration = Duration::from_secs(2);
 
@@ -56,7 +59,7 @@ fn refused(error: &clap::Error) -> ExitCode {
     if is_fault {
         // What was typed is repeated in the message, and may hold anything.
         for line in error.render().to_string().lines() {
-            let _ = writeln!(std::io::stderr(), "{}", printable(line, LONGEST_TEXT));
+            let _ = writeln!(std::io::stderr(), "{}", printable(line, LONGEST_LINE));
         }
     } else if rank == 0 {
         let _ = error.print();

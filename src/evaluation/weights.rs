@@ -53,7 +53,7 @@ impl Weights {
                         "the checkpoint is quantized with {}, not to NVFP4",
                         config["quantization_config"]["quant_method"]
                     ))
-                    .file(dir)
+                    .file(checkpoint.dir.join("config.json"))
                     .fix("evaluate BF16, F16, F32 or NVFP4 checkpoints")
                 })?;
                 let groups = (0..model.layers).flat_map(|layer| model.groups(layer));

@@ -125,7 +125,7 @@ fn prepare(
     let path = dir.partial.join(NONCE);
     let written = File::create(&path).and_then(|mut file| {
         file.write_all(nonce.as_bytes())?;
-        file.sync_all()
+        if dir.resumed { file.sync_all() } else { Ok(()) }
     });
     written.map_err(|e| Error::run(format!("can't write: {e}")).file(&path))?;
     // After the run's name: where a process dies between the two, the journal still has the old weights, and the next

@@ -606,6 +606,21 @@ fn a_number_of_layers_beyond_all_tensors_is_a_finding() {
     assert!(a1.findings[0].contains("num_hidden_layers is 1099511627776"), "{report}");
 }
 
+/// The distance that max scales would have is no excuse for a scale that is far too small for the weights.
+#[test]
+fn a_global_scale_that_is_far_too_small_is_found() {
+    for layout in [Layout::CompressedTensors, Layout::Modelopt] {
+        let good = Good::new(layout);
+        let ([_, _, global, _], _) = written_names(layout);
+        good.bytes(&format!("{O}.{global}"), |bytes| {
+            let scale = f32_of(bytes);
+            let smaller = if layout == Layout::Modelopt { scale / 8.0 } else { scale * 8.0 };
+            bytes.copy_from_slice(&smaller.to_le_bytes());
+        });
+        assert_eq!(level(&good.report(), "S2"), Level::Error, "{layout}");
+    }
+}
+
 #[test]
 fn a_global_scale_in_place_of_its_reciprocal_is_found_and_large_weights_are_none() {
     for (layout, rule, suffix) in [(CT, "A6", "weight_global_scale"), (MO, "B4", "weight_scale_2")] {

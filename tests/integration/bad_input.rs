@@ -241,7 +241,10 @@ const CASES: &[Case] = &[
     },
     Case {
         name: "the output exists",
-        spoil: |s| fs::create_dir(s.path("out")).unwrap(),
+        spoil: |s| {
+            fs::create_dir(s.path("out")).unwrap();
+            fs::write(s.path("out/config.json"), "{}").unwrap();
+        },
         args: &[],
         code: 2,
         words: &["exists", "--overwrite"],
