@@ -38,7 +38,7 @@ pub fn print(what: &impl Display) -> Result<()> {
 /// Prints a result for programs on standard output, as JSON.
 ///
 /// # Errors
-/// As [`print`].
+/// As [`print()`].
 pub fn print_json(what: &impl serde::Serialize) -> Result<()> {
     let text = serde_json::to_string_pretty(what).expect("reports are plain data");
     // Control characters only stand in strings, where JSON knows the same escapes.
