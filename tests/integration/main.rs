@@ -1,6 +1,7 @@
 //! The real binary, alone and under a real mpirun, and the forward pass against Transformers.
 
 mod bad_input;
+mod bytes;
 mod eval;
 mod extremes;
 mod families;
