@@ -10,9 +10,9 @@ use crate::error::{Error, Result};
 /// The elements of a BF16, F16 or F32 tensor, which are exact in f32.
 ///
 /// # Errors
-/// Exit code 3 for every other dtype.
+/// Exit code 3 for every other dtype, and as [`SourceTensor::checked`].
 pub fn widen(tensor: &SourceTensor) -> Result<Vec<f32>> {
-    let bytes = tensor.bytes();
+    let bytes = tensor.checked()?;
     let pair = |b: &[u8]| u16::from_le_bytes([b[0], b[1]]);
     Ok(match tensor.dtype {
         Dtype::BF16 => bytes.chunks_exact(2).map(|b| f32::from_bits((pair(b) as u32) << 16)).collect(),

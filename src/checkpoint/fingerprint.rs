@@ -16,8 +16,8 @@ const LEAST: u64 = 4;
 
 impl Checkpoint {
     /// For each group of tensors, blake3 of bytes that lie spread over each of them, from its first to its last: all of
-    /// a small tensor, and of a large one so many blocks that all tensors together have no more than 32 MiB. Paths and
-    /// shards don't count, so copies on other hosts compare equal. A change of all of a tensor's elements, of low rank
+    /// a small tensor, and of a large one so many blocks that all tensors together have no more than 32 MiB; of FP8 weights, scales as well. Paths
+    /// and shards don't count, so copies on other hosts compare equal. A change of all of a tensor's elements, of low rank
     /// or not, is seen; one of a few elements may not be.
     ///
     /// # Errors
@@ -42,7 +42,7 @@ impl Checkpoint {
 
     fn sample_of(&self, name: &str, entry: &Entry, blocks: u64) -> Result<blake3::Hash> {
         let mut digest = blake3::Hasher::new();
-        digest.update(format!("{name} {:?} {:?}\n", entry.dtype, entry.shape).as_bytes());
+        digest.update(format!("{name} {:?} {:?}\n", entry.stored_dtype(), entry.shape).as_bytes());
         let mut read = |at: u64, bytes: u64| {
             let mut buffer = vec![0; bytes as usize];
             self.handles[entry.file].read_exact_at(&mut buffer, entry.offset + at).map_err(|e| {
@@ -54,11 +54,15 @@ impl Checkpoint {
             digest.update(&buffer);
             Ok(())
         };
-        if entry.bytes <= blocks * BLOCK {
-            read(0, entry.bytes)?;
+        let bytes = entry.length();
+        if bytes <= blocks * BLOCK {
+            read(0, bytes)?;
         } else {
-            let last = entry.bytes - BLOCK;
+            let last = bytes - BLOCK;
             (0..blocks).try_for_each(|i| read(last * i / (blocks - 1), BLOCK))?;
+        }
+        if let Some(fp8) = &entry.fp8 {
+            digest.update(self.sample_of(&fp8.scales, &fp8.lie, blocks)?.as_bytes());
         }
         Ok(digest.finalize())
     }

@@ -7,6 +7,7 @@ mod digests;
 pub(crate) mod directory;
 mod fingerprint;
 mod fits;
+mod fp8;
 mod guard;
 mod header;
 mod layout;

@@ -12,6 +12,7 @@ use safetensors::Dtype;
 use serde_json::{Map, Value};
 
 use super::directory::{self, LARGEST_CONFIG};
+use super::fp8::{Decoder, Fp8, Unseen};
 use super::guard;
 use super::header::read_header;
 use super::shards::{self, INDEX, Shards, some};
@@ -23,14 +24,28 @@ use crate::error::{Error, Result, quoted};
 pub struct Entry {
     /// Index into [`Checkpoint::files`].
     pub file: usize,
-    /// Element type in the file.
+    /// Element type; BF16 where the file holds FP8.
     pub dtype: Dtype,
     /// Shape, outermost first.
     pub shape: Vec<usize>,
     /// First byte in the file (header included).
     pub offset: u64,
-    /// Length in bytes.
+    /// Bytes that the files hold of it, scales of FP8 included.
     pub bytes: u64,
+    /// What belongs to it where the file holds FP8.
+    pub(super) fp8: Option<Box<Fp8>>,
+}
+
+impl Entry {
+    /// Element type in the file.
+    pub fn stored_dtype(&self) -> Dtype {
+        if self.fp8.is_some() { Dtype::F8_E4M3 } else { self.dtype }
+    }
+
+    /// Length in bytes of its own data in the file, without scales.
+    pub(super) fn length(&self) -> u64 {
+        self.bytes - self.fp8.as_ref().map_or(0, |fp8| fp8.lie.bytes)
+    }
 }
 
 /// A checkpoint directory whose headers have been read and checked; no tensor data has been touched.
@@ -38,11 +53,11 @@ pub struct Entry {
 pub struct Checkpoint {
     /// The directory.
     pub dir: PathBuf,
-    /// config.json as it stands, field order kept.
+    /// config.json as it stands, field order kept; without its description of FP8 weights where there are such.
     pub config: Map<String, Value>,
     /// The safetensors files.
     pub files: Vec<PathBuf>,
-    /// Every tensor by name.
+    /// Every tensor by name, FP8 weights as BF16 and their scales left out.
     pub tensors: BTreeMap<String, Entry>,
     /// What is used and what is ignored, where that is not plain.
     pub notes: Vec<String>,
@@ -50,22 +65,27 @@ pub struct Checkpoint {
     lost: BTreeMap<String, String>,
     pub(super) handles: Vec<Arc<File>>,
     pub(super) lengths: Vec<u64>,
+    /// What of an FP8 checkpoint is not seen.
+    pub(super) fp8: Option<Unseen>,
     mapped: Mutex<BTreeSet<String>>,
     trouble: Arc<OnceLock<Error>>,
 }
 
-/// The bytes of one stored tensor, mapped from its file; unmapped when the last clone is dropped.
+/// One stored tensor, mapped from its file; unmapped when the last clone is dropped. FP8 is decoded to BF16 when it is
+/// read.
 #[derive(Clone, Debug)]
 pub struct SourceTensor {
     /// Full name in the checkpoint.
     pub name: String,
-    /// Element type.
+    /// Element type of [`SourceTensor::bytes`].
     pub dtype: Dtype,
     /// Shape, outermost first.
     pub shape: Vec<usize>,
     map: Arc<memmap2::Mmap>,
     /// None for a tensor that no file holds.
     stored: Option<Stored>,
+    /// What decodes the mapped bytes where they are FP8 codes.
+    fp8: Option<Arc<Decoder>>,
 }
 
 /// Where a tensor's bytes are.
@@ -78,32 +98,74 @@ struct Stored {
 }
 
 impl SourceTensor {
-    /// The tensor's bytes: row-major, little endian.
+    /// The tensor's bytes: row-major, little endian. FP8 is decoded as a whole at the first call, and kept; a code that
+    /// is NaN becomes NaN, which [`SourceTensor::checked`] refuses.
     pub fn bytes(&self) -> &[u8] {
-        &self.map
+        match &self.fp8 {
+            None => &self.map,
+            Some(decoder) => decoder.whole(&self.map).0,
+        }
     }
 
-    /// Copies `to.len()` bytes from byte `at` on. Where each byte is wanted once this is quicker than the
-    /// mapping, whose pages fault one by one, and a file that shrinks is an error rather than a signal.
+    /// The same, where FP8 codes and scales make finite numbers. What is not FP8 is not looked at.
     ///
     /// # Errors
-    /// Exit code 5, naming the tensor, where the file can't be read that far.
-    pub fn read(&self, at: usize, to: &mut [u8]) -> Result<()> {
-        match &self.stored {
-            Some(Stored { file, offset, trouble }) => {
-                file.read_exact_at(to, offset + at as u64).map_err(|e| {
-                    let error = Error::run(format!("can't read the source: {e}"))
-                        .tensor(&self.name)
-                        .fix("check the disk or the network it is on, then use --resume");
-                    trouble.get_or_init(|| error.clone());
-                    error
-                })
-            }
-            None => {
-                to.copy_from_slice(&self.map[at..at + to.len()]);
-                Ok(())
-            }
+    /// Exit code 3, naming the tensor, the row and the column, where they don't.
+    pub fn checked(&self) -> Result<&[u8]> {
+        let Some(decoder) = &self.fp8 else { return Ok(&self.map) };
+        match decoder.whole(&self.map) {
+            (bytes, None) => Ok(bytes),
+            (_, Some(at)) => Err(self.no_number(at)),
         }
+    }
+
+    /// Copies `to.len()` bytes from byte `at` on, where both are whole elements. Where each byte is wanted once this is
+    /// quicker than the mapping, whose pages fault one by one, and a file that shrinks is an error rather than a signal.
+    /// Of FP8, no more than these elements are read and decoded.
+    ///
+    /// # Errors
+    /// Exit code 5, naming the tensor, where the file can't be read that far; 3 as [`SourceTensor::checked`].
+    pub fn read(&self, at: usize, to: &mut [u8]) -> Result<()> {
+        let Some(decoder) = &self.fp8 else { return self.read_stored(at, to) };
+        let (first, mut codes) = (at / 2, vec![0; to.len() / 2]);
+        self.read_stored(first, &mut codes)?;
+        match decoder.decode(first, &codes, to) {
+            None => Ok(()),
+            Some(at) => Err(self.no_number(at)),
+        }
+    }
+
+    fn read_stored(&self, at: usize, to: &mut [u8]) -> Result<()> {
+        let Some(Stored { file, offset, .. }) = &self.stored else {
+            to.copy_from_slice(&self.map[at..at + to.len()]);
+            return Ok(());
+        };
+        file.read_exact_at(to, offset + at as u64).map_err(|e| {
+            self.in_trouble(
+                Error::run(format!("can't read the source: {e}"))
+                    .fix("check the disk or the network it is on, then use --resume"),
+            )
+        })
+    }
+
+    /// An element of an FP8 weight that is not finite.
+    fn no_number(&self, at: usize) -> Error {
+        let cols = self.shape.last().copied().unwrap_or(1).max(1);
+        let what = format!(
+            "the FP8 code in row {}, column {} is NaN, or too large for BF16 when it is multiplied by its scale",
+            at / cols,
+            at % cols
+        );
+        self.in_trouble(Error::input(what).fix("repair or replace this tensor in the source"))
+    }
+
+    /// The error with the tensor's name, remembered by the checkpoint.
+    fn in_trouble(&self, error: Error) -> Error {
+        let error = error.tensor(&self.name);
+        if let Some(Stored { trouble, .. }) = &self.stored {
+            trouble.get_or_init(|| error.clone());
+        }
+        error
     }
 
     /// A tensor in anonymous memory, for tensors that no file holds.
@@ -112,7 +174,14 @@ impl SourceTensor {
         let mut map = memmap2::MmapMut::map_anon(bytes.len()).map_err(failed)?;
         map.copy_from_slice(bytes);
         let map = Arc::new(map.make_read_only().map_err(failed)?);
-        Ok(SourceTensor { name: name.to_string(), dtype, shape: shape.to_vec(), map, stored: None })
+        Ok(SourceTensor {
+            name: name.to_string(),
+            dtype,
+            shape: shape.to_vec(),
+            map,
+            stored: None,
+            fp8: None,
+        })
     }
 }
 
@@ -141,6 +210,7 @@ impl Checkpoint {
         if let Some(listed) = listed {
             checkpoint.compare(listed);
         }
+        checkpoint.see_fp8_as_bf16()?;
         Ok(checkpoint)
     }
 
@@ -154,6 +224,7 @@ impl Checkpoint {
             lost: BTreeMap::new(),
             handles: vec![],
             lengths: vec![],
+            fp8: None,
             mapped: Mutex::default(),
             trouble: Arc::default(),
         }
@@ -174,14 +245,16 @@ impl Checkpoint {
         };
         let entry = |shape: Vec<usize>| {
             let bytes = (shape.iter().product::<usize>() * size) as u64;
-            Entry { file: 0, dtype, shape, offset: 0, bytes }
+            Entry { file: 0, dtype, shape, offset: 0, bytes, fp8: None }
         };
-        Checkpoint {
+        let mut checkpoint = Checkpoint {
             config,
             files: vec![dir.join("model.safetensors")],
             tensors: shapes.into_iter().map(|(name, shape)| (name, entry(shape))).collect(),
             ..Checkpoint::empty(dir)
-        }
+        };
+        checkpoint.expect_fp8();
+        checkpoint
     }
 
     /// config.json of a directory, and whether there are weights beside it.
@@ -207,6 +280,7 @@ impl Checkpoint {
                 shape: tensor.shape,
                 offset: tensor.offset,
                 bytes: tensor.bytes,
+                fp8: None,
             };
             if let Some(other) = self.tensors.insert(tensor.name.clone(), entry) {
                 return Err(Error::input(format!(
@@ -294,12 +368,14 @@ impl Checkpoint {
             .fix("restore the source and use --resume"));
         }
         let mut options = MmapOptions::new();
-        options.offset(entry.offset).len(entry.bytes as usize);
+        options.offset(entry.offset).len(entry.length() as usize);
         // SAFETY: the mapping is read-only and the range lies inside the file, as just checked. The source is
         // not supposed to change while it is read; if someone writes to it, bytes change but stay bytes.
         let map = unsafe { options.map(&**handle) }.map_err(failed)?;
         // Tensors are read from front to back, once or in a few passes.
         let _ = map.advise(Advice::WillNeed);
+        let fp8 = entry.fp8.as_ref().map(|fp8| self.decoder(&entry.shape, fp8)).transpose();
+        let fp8 = fp8.map_err(|error| self.trouble.get_or_init(|| error).clone())?;
         self.mapped.lock().expect("no holder of this lock panics").insert(name.to_string());
         Ok(SourceTensor {
             name: name.to_string(),
@@ -311,6 +387,7 @@ impl Checkpoint {
                 offset: entry.offset,
                 trouble: self.trouble.clone(),
             }),
+            fp8: fp8.map(Arc::new),
         })
     }
 
@@ -342,9 +419,10 @@ impl Checkpoint {
         mapped.iter().map(|name| self.tensors[name].bytes).sum()
     }
 
-    /// Bytes of all tensors.
+    /// Bytes of all tensors in the files.
     pub fn total_bytes(&self) -> u64 {
-        self.tensors.values().map(|entry| entry.bytes).sum()
+        let unread = self.fp8.iter().flat_map(|unseen| unseen.unread.values());
+        self.tensors.values().chain(unread).map(|entry| entry.bytes).sum()
     }
 
     /// Checks that these are weights to quantize: in full precision, and not described as anything else.
@@ -394,13 +472,13 @@ impl Checkpoint {
         .file(&file))
     }
 
-    /// blake3 over config.json and every tensor's name, dtype and shape. Paths and shards don't count, so
+    /// blake3 over config.json and every tensor's name, dtype in the file and shape. Paths and shards don't count, so
     /// copies on other hosts compare equal.
     pub fn digest(&self) -> String {
         let mut hasher = blake3::Hasher::new();
         hasher.update(Value::Object(self.config.clone()).to_string().as_bytes());
         for (name, entry) in &self.tensors {
-            hasher.update(format!("\n{name} {:?} {:?}", entry.dtype, entry.shape).as_bytes());
+            hasher.update(format!("\n{name} {:?} {:?}", entry.stored_dtype(), entry.shape).as_bytes());
         }
         hasher.finalize().to_hex().to_string()
     }

@@ -44,7 +44,7 @@ impl Placer<'_> {
     /// Takes tensors until there are no more; returns the seconds of digesting, writing and sending.
     ///
     /// # Errors
-    /// Exit code 5: a disk that fails, a tensor to be copied that holds NaN or infinity.
+    /// Exit code 5: a disk that fails, a tensor to be copied that holds NaN or infinity; 3 where its FP8 codes do.
     pub fn run(self, tensors: &Receiver<ToPlace>) -> Result<f64> {
         let (mut digests, mut seconds) = (HashMap::new(), 0.0);
         for tensor in tensors {
@@ -92,7 +92,7 @@ impl Placer<'_> {
 
 /// The health check of what is only copied: nothing is computed with most of it, so nothing else would notice.
 fn finite(job: &Job, source: &SourceTensor) -> Result<()> {
-    let Some(at) = first_not_finite(source.dtype, source.bytes()) else { return Ok(()) };
+    let Some(at) = first_not_finite(source.dtype, source.checked()?) else { return Ok(()) };
     let cols = source.shape.last().copied().unwrap_or(1).max(1);
     let error = Error::run(format!(
         "health check: the tensor holds NaN or infinity, first in row {}, column {}",

@@ -65,15 +65,16 @@ pub fn inspect(dir: &Path) -> Result<Inspection> {
     let architecture = supported.or(named.first()).map_or("unknown", |name| name).to_string();
     let mut elements = BTreeMap::new();
     let mut parameters = 0;
-    for (name, entry) in &checkpoint.tensors {
+    for (name, dtype, shape) in checkpoint.stored_tensors() {
         // Zero bytes may have any shape.
-        let count = entry.shape.iter().fold(1u64, |count, &n| count.saturating_mul(n as u64));
-        *elements.entry(format!("{:?}", entry.dtype)).or_insert(0u64) += count;
-        let packed = entry.dtype == safetensors::Dtype::U8;
-        let scale = ["_scale", "_scale_2"].iter().any(|suffix| name.ends_with(suffix));
+        let count = shape.iter().fold(1u64, |count, &n| count.saturating_mul(n as u64));
+        *elements.entry(format!("{dtype:?}")).or_insert(0u64) += count;
+        let packed = dtype == safetensors::Dtype::U8;
+        let scale = ["_scale", "_scale_2", "_scale_inv"].iter().any(|suffix| name.ends_with(suffix));
         parameters += if scale { 0 } else { count * if packed { 2 } else { 1 } };
     }
-    let quantization = config.get("quantization_config").filter(|value| !value.is_null()).cloned();
+    let quantization = config.get("quantization_config").filter(|value| !value.is_null());
+    let quantization = checkpoint.fp8_description().or(quantization).cloned();
     Ok(Inspection {
         quantized: quantization.as_ref().and_then(|_| describe(dir)),
         quantization,
@@ -85,7 +86,7 @@ pub fn inspect(dir: &Path) -> Result<Inspection> {
         intermediate: number("intermediate_size"),
         vocab: number("vocab_size"),
         files: checkpoint.files.len(),
-        tensors: checkpoint.tensors.len(),
+        tensors: checkpoint.stored_tensors().count(),
         bytes: checkpoint.total_bytes(),
         elements,
         parameters,

@@ -6,6 +6,7 @@ mod eval;
 mod extremes;
 mod families;
 mod faults;
+mod fp8;
 mod hosts;
 mod job;
 mod machines;

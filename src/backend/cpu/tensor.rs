@@ -119,7 +119,7 @@ impl Tensor {
     /// A stored tensor. Matrices keep BF16 or F32 and stay where they are mapped (F16 becomes F32, which is
     /// exact); vectors become the compute dtype, since they only take part in activations.
     pub fn from_source(compute: Compute, source: &SourceTensor) -> Result<Tensor> {
-        let bytes = source.bytes();
+        let bytes = source.checked()?;
         let (rows, cols) = match source.shape.as_slice() {
             [cols] => (1, *cols),
             [rows, cols] => (*rows, *cols),
