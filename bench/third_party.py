@@ -17,35 +17,23 @@ import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent / "peers"))
-from environment import CACHE, DISTQ, ROOT, SMOLLM2, VERSIONS, calibration, machine, peers_python
+from environment import CACHE, DISTQ, ROOT, SMOLLM2, VERSIONS, calibration, machine, peer, peers_python, view
 
 SCRIPTS = ROOT / "bench/peers"
 
 
-def made(out: Path, command: list) -> Path:
-    """Runs a peer where its output is not there yet."""
-    if not (out / "config.json").exists():
-        print("running", Path(command[1]).name, flush=True)
-        subprocess.run([str(part) for part in command], check=True, stdout=subprocess.DEVNULL)
-    return out
-
-
-def make_all(python: str, number: int) -> dict[str, Path]:
+def make_all(number: int) -> dict[str, Path]:
     """Every program's output for calibration set `number`."""
     calib, outputs = calibration(number), CACHE / f"peers-output/{number}"
     outputs.mkdir(parents=True, exist_ok=True)
     for method in ("best", "max"):
         command = [DISTQ, "quantize", SMOLLM2, outputs / f"distq-{method}", "--method", method, "--calib", calib]
         subprocess.run([*command, "--calib-min-tokens", "1", "--overwrite", "--quiet"], check=True)
-    run = lambda script, *arguments: [python, SCRIPTS / script, *arguments]
-    modelopt = made(outputs / "modelopt", run("run_modelopt.py", SMOLLM2, calib, outputs / "modelopt"))
-    llmcompressor = made(outputs / "llmcompressor", run("run_llmcompressor.py", SMOLLM2, calib, outputs / "llmcompressor"))
-    view = made(outputs / "modelopt-view", run("modelopt_view.py", modelopt, outputs / "modelopt-view"))
     return {
         "distq, `best` (its default)": outputs / "distq-best",
         "distq, `max`": outputs / "distq-max",
-        "nvidia-modelopt 0.47.0": view,
-        "llm-compressor 0.14.0.1": llmcompressor,
+        "nvidia-modelopt 0.47.0": view(peer("modelopt", number)),
+        "llm-compressor 0.14.0.1": peer("llmcompressor", number),
     }
 
 
@@ -71,7 +59,7 @@ def main() -> None:
     args = parser.parse_args()
     python = peers_python()
     source = evaluate(python, args.windows, [SMOLLM2])[0]
-    made_by_set = [make_all(python, number) for number in range(args.sets)]
+    made_by_set = [make_all(number) for number in range(args.sets)]
     by_set = [evaluate(python, args.windows, list(made.values())) for made in made_by_set]
 
     names = list(made_by_set[0])

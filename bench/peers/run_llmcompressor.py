@@ -1,4 +1,6 @@
-"""llm-compressor's NVFP4 (W4A4) of a checkpoint:   run_llmcompressor.py SOURCE CALIB.jsonl OUT [gptq]
+"""llm-compressor's NVFP4 (W4A4) of a checkpoint:   run_llmcompressor.py SOURCE CALIB.jsonl OUT [gptq|imatrix]
+
+Without a word for the method, scales by the maximum; imatrix is its expanded search weighted by mean squared inputs.
 
 On a GPU where there is one. Ends with a line of seconds: loading, calibrating, exporting."""
 
@@ -8,6 +10,7 @@ import time
 from pathlib import Path
 
 import torch
+from compressed_tensors.quantization import preset_name_to_scheme
 from datasets import Dataset
 from llmcompressor import oneshot
 from llmcompressor.modifiers.gptq import GPTQModifier
@@ -22,8 +25,11 @@ model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.bfloat16)
 times.append(time.monotonic())
 rows = [json.loads(line) for line in open(calib)]
 rows = [row | {"attention_mask": [1] * len(row["input_ids"])} for row in rows]
+scheme = preset_name_to_scheme("NVFP4", ["Linear"])
+if method == ["imatrix"]:
+    scheme.weights.observer = "nvfp4_expanded_imatrix"
 Modifier = GPTQModifier if method == ["gptq"] else QuantizationModifier
-recipe = Modifier(targets="Linear", scheme="NVFP4", ignore=["lm_head"])
+recipe = Modifier(config_groups={"group_0": scheme}, ignore=["lm_head"])
 if (Path(source) / "tokenizer.json").exists():
     tokenizer = AutoTokenizer.from_pretrained(source)
 else:
