@@ -41,8 +41,10 @@ fn main() -> ExitCode {
     ExitCode::from(cluster.conclude(result) as u8)
 }
 
-/// Characters of a line about the arguments that are printed at most.
+/// Characters of a line about the arguments that are printed at most, and lines at the beginning and at the end of what
+/// is said of them.
 const LONGEST_LINE: usize = 600;
+const LINES: usize = 6;
 
 /// How long a rank waits before it says that it can't read its arguments.
 const PATIENCE: Duration = Duration::from_secs(2);
@@ -57,8 +59,11 @@ fn refused(error: &clap::Error) -> ExitCode {
         let _ = std::io::stderr().write_all(format!("distq: rank {rank}: ").as_bytes());
     }
     if is_fault {
-        // What was typed is repeated in the message, and may hold anything.
-        for line in error.render().to_string().lines() {
+        // What was typed is repeated in the message, and may hold anything, thousands of lines as well.
+        let text = error.render().to_string();
+        let lines: Vec<&str> = text.lines().collect();
+        let (first, rest) = lines.split_at(LINES.min(lines.len()));
+        for line in first.iter().chain(&rest[rest.len().saturating_sub(LINES)..]) {
             let _ = writeln!(std::io::stderr(), "{}", printable(line, LONGEST_LINE));
         }
     } else if rank == 0 {
