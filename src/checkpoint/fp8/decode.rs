@@ -7,6 +7,7 @@ use rayon::prelude::*;
 use safetensors::Dtype;
 
 use crate::nvfp4::e4m3;
+use crate::simd::wide;
 
 /// Elements that one thread decodes at a time.
 const PART: usize = 1 << 16;
@@ -86,8 +87,13 @@ impl Decoder {
     }
 }
 
-/// Codes that share a scale; whether one of them becomes NaN or infinite.
-fn decode_run(scale: f32, codes: &[u8], out: &mut [u8]) -> bool {
+wide! {
+    /// Codes that share a scale; whether one of them becomes NaN or infinite.
+    fn decode_run(scale: f32, codes: &[u8], out: &mut [u8]) -> bool => decode_body
+}
+
+#[inline(always)]
+fn decode_body(scale: f32, codes: &[u8], out: &mut [u8]) -> bool {
     let mut odd = false;
     for (value, &code) in out.as_chunks_mut::<2>().0.iter_mut().zip(codes) {
         let bits = (e4m3::decode(code) * scale).to_bits();
