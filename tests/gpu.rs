@@ -13,7 +13,7 @@ mod skipped;
 use distq::backend::cpu::Cpu;
 use distq::backend::cuda::{Cuda, available};
 use distq::backend::{Backend, Compute, Heads, Solver};
-use distq::checkpoint::SourceTensor;
+use distq::checkpoint::{Checkpoint, SourceTensor};
 use distq::nvfp4::GlobalScale;
 use half::bf16;
 use safetensors::Dtype;
@@ -87,6 +87,24 @@ fn agree(name: &str, operation: &impl Operation) {
         let difference = squares(&mut expected.iter().zip(&got).map(|(a, b)| (a - b) as f64));
         let error = (difference / squares(&mut expected.iter().map(|&x| x as f64))).sqrt();
         assert!(error < tolerance, "{name} in {compute:?}: relative error {error:e}");
+    }
+}
+
+#[test]
+fn fp8_weights_are_loaded_as_their_bf16_export() {
+    let fixtures = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/fp8");
+    for compute in [Compute::Bf16, Compute::F32] {
+        let Some((_, cuda)) = backends(compute) else { return };
+        for form in ["block_partial", "block_e8m0", "tensor_static", "channel"] {
+            let [fp8, bf16] =
+                ["fp8", "bf16"].map(|kind| Checkpoint::open(&fixtures.join(form).join(kind)).unwrap());
+            for name in bf16.tensors.keys().filter(|name| name.ends_with("_proj.weight")) {
+                let [ours, theirs] = [&fp8, &bf16].map(|checkpoint| {
+                    download(&cuda, &cuda.load(&checkpoint.tensor(name).unwrap()).unwrap())
+                });
+                assert!(!ours.is_empty() && ours == theirs, "{form} {name} in {compute:?}");
+            }
+        }
     }
 }
 

@@ -10,7 +10,7 @@ use distq::evaluation::{self, evaluate};
 /// Arguments of `distq eval`.
 #[derive(clap::Args)]
 pub struct Args {
-    /// Checkpoints: BF16, F16, F32, or NVFP4 in either layout. Several stand side by side.
+    /// Checkpoints: BF16, F16, F32, FP8, or NVFP4 in either layout. Several stand side by side.
     #[arg(required = true)]
     models: Vec<PathBuf>,
     /// Text to predict, which should not have calibrated anything.

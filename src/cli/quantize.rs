@@ -14,7 +14,7 @@ use distq::units::parse_bytes;
 /// How a checkpoint is split over ranks; shared with `distq plan`.
 #[derive(clap::Args)]
 pub struct PlanArgs {
-    /// The source: the directory of a Hugging Face checkpoint in BF16, F16 or F32.
+    /// The source: the directory of a Hugging Face checkpoint in BF16, F16, F32 or FP8.
     pub model: PathBuf,
     /// The layout of the output: how tensors are named and described.
     #[arg(long, default_value = "compressed-tensors")]

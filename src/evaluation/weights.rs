@@ -131,7 +131,7 @@ impl Weights {
             }
             LinearScheme::Fp8 => {
                 return Err(Error::input(format!("{} is FP8, which distq can't evaluate", linear.name))
-                    .file(&self.checkpoint.dir)
+                    .file(self.checkpoint.dir.join("config.json"))
                     .fix("evaluate checkpoints whose linears are BF16, F16, F32 or NVFP4"));
             }
             LinearScheme::Nvfp4 { .. } if cols % BLOCK != 0 => {

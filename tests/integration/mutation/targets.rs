@@ -41,9 +41,11 @@ const ACCEPTED_OR_REFUSED: &[i32] = &[0, 2, 3, 4];
 
 /// All targets, with their valid files made under `scratch`.
 pub fn targets(scratch: &Path) -> Vec<Target> {
-    let [model, sharded, quantized, modelopt, unfinished, texts] =
-        ["model", "sharded", "quantized", "modelopt", "unfinished", "texts"].map(|name| scratch.join(name));
+    let [model, sharded, fp8, quantized, modelopt, unfinished, texts] =
+        ["model", "sharded", "fp8", "quantized", "modelopt", "unfinished", "texts"]
+            .map(|name| scratch.join(name));
     make_model(&model);
+    make_fp8(&model, &fp8);
     make_sharded(&model, &sharded);
     make_quantized(&model, &quantized, "compressed-tensors");
     make_quantized(&model, &modelopt, "modelopt");
@@ -76,7 +78,15 @@ pub fn targets(scratch: &Path) -> Vec<Target> {
             ..target("header", 5, &model, "model/model.safetensors", structure::safetensors, any_reader)
         },
         Target {
-            names: &["tokenizer.json"],
+            names: &["config.json", "model.safetensors"],
+            ..target("config.json of FP8", 3, &fp8, "model/config.json", structure::json, any_reader)
+        },
+        Target {
+            names: &["model.safetensors"],
+            ..target("header of FP8", 4, &fp8, "model/model.safetensors", structure::safetensors, any_reader)
+        },
+        Target {
+            names: &["tokenizer.json", "text.txt"],
             ..target("tokenizer, BPE", 4, &texts, "model/tokenizer.json", structure::json, plan_text)
         },
         Target {
@@ -350,6 +360,19 @@ fn make_model(base: &Path) {
     fs::copy(scene.calib(), base.join("calib.jsonl")).unwrap();
     fs::write(base.join("text.txt"), "the cat sat on the mat and the cat ate the rat\n".repeat(8)).unwrap();
     fs::write(base.join("model/tokenizer.json"), byte_level().to_string()).unwrap();
+}
+
+/// A model whose linears are FP8 in blocks, with the texts of `model` and tokens below 64, its vocabulary.
+fn make_fp8(model: &Path, base: &Path) {
+    copy(model, base);
+    let fixture = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/fp8/block_partial/fp8");
+    for name in ["config.json", "model.safetensors"] {
+        fs::copy(fixture.join(name), base.join("model").join(name)).unwrap();
+    }
+    let tokenizer = byte_level().to_string().replace("100", "50");
+    fs::write(base.join("model/tokenizer.json"), tokenizer).unwrap();
+    let line = json!({"input_ids": (0..40).collect::<Vec<u32>>()});
+    fs::write(base.join("calib.jsonl"), format!("{line}\n").repeat(3)).unwrap();
 }
 
 /// The same model in two files with an index.
