@@ -16,7 +16,7 @@ use std::time::Instant;
 
 use cudarc::driver::CudaContext;
 use distq::backend::cuda::{Cuda, Tensor, available};
-use distq::backend::{Backend, Compute, Heads};
+use distq::backend::{Activation, AttentionShape, Backend, Compute, Heads, NormKind, Rotation};
 use distq::calibration::micro_batches;
 use distq::checkpoint::Checkpoint;
 use distq::error::Result;
@@ -166,11 +166,12 @@ fn measure(dir: &Path, tokens: usize) -> Result<()> {
             rate / copies
         );
     };
+    let (llama, rotation) = (NormKind::llama(1e-5), Rotation::llama(model.head_dim));
     let time = |work: &mut dyn FnMut() -> Result<()>| seconds(&cuda, &tick, work);
     row(
         "rms_norm, twice",
         2 * t * h * 2 * 2,
-        time(&mut || cuda.rms_norm(&narrow, &norm, 1e-5, &mut x))? * 2.0,
+        time(&mut || cuda.norm(&narrow, &llama, Some(&norm), None, &mut x))? * 2.0,
     );
     row("observe the inputs", 2 * t * (2 * h + q + i), {
         time(&mut || {
@@ -184,11 +185,11 @@ fn measure(dir: &Path, tokens: usize) -> Result<()> {
     let cos = random(1200, model.head_dim / 2)?;
     row("rope on q and k", 2 * 2 * t * (q + kv), {
         time(&mut || {
-            cuda.rope(&mut out_q, model.head_dim, &cos, &cos, &rows)?;
-            cuda.rope(&mut out_kv, model.head_dim, &cos, &cos, &rows)
+            cuda.rope(&mut out_q, &rotation, &cos, &cos, &rows)?;
+            cuda.rope(&mut out_kv, &rotation, &cos, &cos, &rows)
         })?
     });
-    row("silu_mul", 3 * 2 * t * i, time(&mut || cuda.silu_mul(&mut wide, &wide2))?);
+    row("silu_mul", 3 * 2 * t * i, time(&mut || cuda.activate_mul(&mut wide, &wide2, Activation::Silu))?);
     row("add, twice", 2 * 3 * 2 * t * h, time(&mut || cuda.add(&mut x, &narrow))? * 2.0);
 
     let mut out = random(t, q)?;
@@ -198,8 +199,8 @@ fn measure(dir: &Path, tokens: usize) -> Result<()> {
         bounds.push(t as u32);
         let bounds = cuda.index(&bounds)?;
         let scale = (model.head_dim as f32).powf(-0.5);
-        let taken =
-            time(&mut || cuda.attention(&out_q, &k, &v, &bounds, heads, scale, None, &mut out))? * share;
+        let how = AttentionShape { heads, scale, window: None, softcap: None };
+        let taken = time(&mut || cuda.attention(&out_q, &k, &v, &bounds, &how, None, &mut out))? * share;
         // Half of a square of scores, a product with the keys and one with the values.
         let flops = 2.0 * tokens as f64 * length as f64 * q as f64;
         println!(

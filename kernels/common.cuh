@@ -16,6 +16,7 @@ struct Element {
     u16 bits;
 };
 __device__ __forceinline__ float get(Element x) { return __uint_as_float((u32)x.bits << 16); }
+__device__ __forceinline__ float get(float x) { return x; }
 // To nearest, ties to even; NaN stays a quiet NaN.
 __device__ __forceinline__ Element round_to_element(float x) {
     u32 bits = __float_as_uint(x);
@@ -34,8 +35,8 @@ __device__ __forceinline__ float rounded(float x) { return get(round_to_element(
 
 // N neighbouring elements, loaded and stored at a time. Accesses narrower than sixteen bytes leave memory idle, so
 // kernels take PACK elements where rows allow it.
-template <int N> struct __align__(N * sizeof(Element)) Several {
-    Element at[N];
+template <int N, typename T = Element> struct __align__(N * sizeof(T) < 16 ? N * sizeof(T) : 16) Several {
+    T at[N];
 };
 constexpr int PACK = 16 / sizeof(Element);
 typedef Several<PACK> Pack;

@@ -12,7 +12,9 @@ mod skipped;
 
 use distq::backend::cpu::Cpu;
 use distq::backend::cuda::{Cuda, available};
-use distq::backend::{Backend, Compute, Heads, Solver};
+use distq::backend::{
+    Activation, AttentionShape, Backend, Compute, Gamma, Heads, NormKind, Rotation, Solver,
+};
 use distq::checkpoint::{Checkpoint, SourceTensor};
 use distq::nvfp4::GlobalScale;
 use half::bf16;
@@ -130,100 +132,212 @@ fn linear() {
     }
 }
 
-struct RmsNorm(usize, usize);
+/// Rows and columns, the kind, whether there is a bias.
+struct Norm(usize, usize, NormKind, bool);
 
-impl Operation for RmsNorm {
+impl Operation for Norm {
     fn on<B: Solver>(&self, b: &B) -> Vec<f32> {
-        let mut r = Random(2);
-        let x = upload(b, self.0, self.1, &r.values(self.0 * self.1));
-        let weight = b.constant(&r.values(self.1), self.1).unwrap();
-        let mut out = poisoned(b, self.0, self.1);
-        b.rms_norm(&x, &weight, 1e-5, &mut out).unwrap();
+        let (mut r, &Norm(rows, cols, kind, biased)) = (Random(2), self);
+        let x = upload(b, rows, cols, &r.values(rows * cols));
+        let (weight, bias) =
+            (b.constant(&r.values(cols), cols).unwrap(), b.constant(&r.values(cols), cols).unwrap());
+        let weight = (kind.gamma != Gamma::One).then_some(&weight);
+        let mut out = poisoned(b, rows, cols);
+        b.norm(&x, &kind, weight, biased.then_some(&bias), &mut out).unwrap();
         download(b, &out)
     }
 }
 
+fn kinds() -> Vec<NormKind> {
+    let mut kinds = vec![];
+    for gamma in [Gamma::Weight, Gamma::OnePlus, Gamma::OnePlusRounded, Gamma::One] {
+        for (centers, rounds_first) in [(false, false), (false, true), (true, false)] {
+            kinds.push(NormKind { centers, gamma, rounds_first, eps: 1e-5 });
+        }
+    }
+    kinds
+}
+
 #[test]
-fn rms_norm() {
-    for (rows, cols) in [(1, 16), (5, 576), (3, 12288), (64, 100)] {
-        agree("rms_norm", &RmsNorm(rows, cols));
+fn norms() {
+    for (rows, cols) in [(1, 16), (5, 576), (3, 12288), (64, 100), (9, 1023), (2, 1025)] {
+        for kind in kinds() {
+            agree(&format!("{kind:?} of {cols}"), &Norm(rows, cols, kind, false));
+            if kind.gamma != Gamma::One {
+                agree(&format!("{kind:?} of {cols} with bias"), &Norm(rows, cols, kind, true));
+            }
+        }
     }
 }
 
-struct Rope(usize, usize);
+/// Rows, heads, features of a head, the kind, whether each head has weights of its own.
+struct NormHeads(usize, usize, usize, NormKind, bool);
+
+impl Operation for NormHeads {
+    fn on<B: Solver>(&self, b: &B) -> Vec<f32> {
+        let (mut r, &NormHeads(rows, heads, dim, kind, own)) = (Random(31), self);
+        let mut x = upload(b, rows, heads * dim, &r.values(rows * heads * dim));
+        let cols = if own { heads * dim } else { dim };
+        let weight = b.constant(&r.values(cols), cols).unwrap();
+        b.norm_heads(&mut x, dim, &kind, (kind.gamma != Gamma::One).then_some(&weight)).unwrap();
+        download(b, &x)
+    }
+}
+
+#[test]
+fn norms_of_heads() {
+    for (rows, heads, dim) in [(1, 1, 16), (37, 9, 64), (5, 3, 10), (4, 2, 512), (3, 1, 4096), (2, 2, 1500)] {
+        for kind in kinds() {
+            for own in [false, true] {
+                let name = format!("{kind:?} of {heads} heads of {dim}, own {own}");
+                agree(&name, &NormHeads(rows, heads, dim, kind, own));
+            }
+        }
+    }
+}
+
+/// Heads, turned features of each, the rotation, whether tables are exact.
+struct Rope(usize, usize, Rotation, bool);
 
 impl Operation for Rope {
     fn on<B: Solver>(&self, b: &B) -> Vec<f32> {
-        let (mut r, &Rope(heads, dim)) = (Random(3), self);
-        let mut x = upload(b, 9, heads * dim, &r.values(9 * heads * dim));
-        let angles: Vec<f32> = (0..40 * dim / 2).map(|i| i as f32 * 0.37).collect();
-        let part = |f: fn(f32) -> f32| angles.iter().map(|&a| f(a)).collect::<Vec<f32>>();
-        let (cos, sin) =
-            (b.constant(&part(f32::cos), dim / 2).unwrap(), b.constant(&part(f32::sin), dim / 2).unwrap());
+        let (mut r, &Rope(heads, turned, rotation, exact)) = (Random(3), self);
+        let (cols, half) = (heads * rotation.head_dim, turned / 2);
+        let mut x = upload(b, 9, cols, &r.values(9 * cols));
+        let table = |f: fn(f32) -> f32| {
+            let values: Vec<f32> = (0..40 * half).map(|i| f(i as f32 * 0.37)).collect();
+            if exact { b.exact_constant(&values, half) } else { b.constant(&values, half) }.unwrap()
+        };
         let rows = b.index(&[0, 1, 2, 39, 5, 5, 7, 0, 11]).unwrap();
-        b.rope(&mut x, dim, &cos, &sin, &rows).unwrap();
+        b.rope(&mut x, &rotation, &table(f32::cos), &table(f32::sin), &rows).unwrap();
         download(b, &x)
     }
 }
 
 #[test]
 fn rope() {
-    agree("rope", &Rope(3, 64));
-    agree("rope", &Rope(2, 10));
+    for (heads, head_dim, turned) in
+        [(3, 64, 64), (2, 10, 10), (3, 128, 64), (2, 96, 48), (2, 10, 4), (1, 512, 512), (2, 100, 64)]
+    {
+        for flags in 0..8 {
+            let rotation = Rotation { head_dim, interleaved: flags & 1 > 0, rounds_once: flags & 2 > 0 };
+            let exact = flags & 4 > 0;
+            let name = format!("{rotation:?} of {turned}, exact tables {exact}");
+            agree(&name, &Rope(heads, turned, rotation, exact));
+        }
+    }
 }
 
-struct Elementwise;
+struct Elementwise(usize, usize);
 
 impl Operation for Elementwise {
     fn on<B: Solver>(&self, b: &B) -> Vec<f32> {
-        let mut r = Random(4);
-        let mut gate = upload(b, 33, 96, &r.values(33 * 96));
-        let up = upload(b, 33, 96, &r.values(33 * 96));
-        b.silu_mul(&mut gate, &up).unwrap();
+        let (mut r, &Elementwise(rows, cols)) = (Random(4), self);
+        let mut gate = upload(b, rows, cols, &r.values(rows * cols));
+        let up = upload(b, rows, cols, &r.values(rows * cols));
         b.add(&mut gate, &up).unwrap();
         let table = upload(b, 50, 24, &r.values(50 * 24));
-        let mut rows = poisoned(b, 4, 24);
-        b.embed(&table, &b.index(&[49, 0, 7, 7]).unwrap(), &mut rows).unwrap();
-        let mut all = download(b, &gate);
-        all.extend(download(b, &rows));
+        let mut embedded = poisoned(b, 4, 24);
+        b.embed(&table, &b.index(&[49, 0, 7, 7]).unwrap(), &mut embedded).unwrap();
+        let mut all = [download(b, &gate), download(b, &embedded)].concat();
+        b.gate_by_sigmoid(&mut gate, &up).unwrap();
+        all.extend(download(b, &gate));
+        b.multiply(&mut gate, 3.87).unwrap();
+        all.extend(download(b, &gate));
+        let at: Vec<u32> = (0..rows as u32).map(|row| row * 7 % 5).collect();
+        let factors = upload(b, 5, 1, &[1.0, 1.25, 0.5, 3.0, 1.0625]);
+        b.multiply_rows(&mut gate, &factors, &b.index(&at).unwrap()).unwrap();
+        all.extend(download(b, &gate));
+        b.softcap(&mut gate, 2.5).unwrap();
+        all.extend(download(b, &gate));
+        for (first, part) in [(0, cols), (8, 16), (3, 5)] {
+            let mut to = poisoned(b, rows, part);
+            b.copy_columns(&gate, first, &mut to).unwrap();
+            all.extend(download(b, &to));
+        }
         all
     }
 }
 
 #[test]
 fn elementwise() {
-    agree("silu_mul, add, embed", &Elementwise);
+    for (rows, cols) in [(33, 96), (3, 37)] {
+        agree("add, embed, gates, factors, caps, columns", &Elementwise(rows, cols));
+    }
 }
 
-struct Attention(Vec<u32>, Heads, Option<usize>);
+struct Activated(Activation, usize, usize);
 
-impl Operation for Attention {
+impl Operation for Activated {
     fn on<B: Solver>(&self, b: &B) -> Vec<f32> {
-        let (mut r, Attention(bounds, h, window)) = (Random(5), self);
-        let n = *bounds.last().unwrap() as usize;
-        let (q_cols, kv_cols) = (h.heads * h.dim, h.kv_heads * h.dim);
-        let q = upload(b, n, q_cols, &r.values(n * q_cols));
-        let k = upload(b, n, kv_cols, &r.values(n * kv_cols));
-        let v = upload(b, n, kv_cols, &r.values(n * kv_cols));
-        let mut out = poisoned(b, n, q_cols);
-        let scale = (h.dim as f32).powf(-0.5);
-        b.attention(&q, &k, &v, &b.index(bounds).unwrap(), *h, scale, *window, &mut out).unwrap();
-        download(b, &out)
+        let (mut r, &Activated(activation, rows, cols)) = (Random(32), self);
+        let mut gate = upload(b, rows, cols, &r.values(rows * cols));
+        let up = upload(b, rows, cols, &r.values(rows * cols));
+        b.activate_mul(&mut gate, &up, activation).unwrap();
+        let mut alone = up;
+        b.activate(&mut alone, activation).unwrap();
+        [download(b, &gate), download(b, &alone)].concat()
     }
 }
 
 #[test]
+fn activations() {
+    let xielu = Activation::Xielu { alpha_p: 0.8125, alpha_n: 1.3125 };
+    for activation in [Activation::Silu, Activation::GeluTanh, Activation::Gelu, Activation::Relu2, xielu] {
+        for (rows, cols) in [(33, 96), (3, 37)] {
+            agree(&format!("{activation:?}"), &Activated(activation, rows, cols));
+        }
+    }
+}
+
+/// Bounds, the shape (its scale aside), whether there are sinks.
+struct Attention(Vec<u32>, AttentionShape, bool);
+
+impl Operation for Attention {
+    fn on<B: Solver>(&self, b: &B) -> Vec<f32> {
+        let (mut r, Attention(bounds, shape, sunk)) = (Random(5), self);
+        let (n, h) = (*bounds.last().unwrap() as usize, shape.heads);
+        let (q_cols, kv_cols) = (h.heads * h.dim, h.kv_heads * h.dim);
+        let q = upload(b, n, q_cols, &r.values(n * q_cols));
+        let k = upload(b, n, kv_cols, &r.values(n * kv_cols));
+        let v = upload(b, n, kv_cols, &r.values(n * kv_cols));
+        let sinks = b.constant(&r.values(h.heads), h.heads).unwrap();
+        let mut out = poisoned(b, n, q_cols);
+        let bounds = b.index(bounds).unwrap();
+        b.attention(&q, &k, &v, &bounds, shape, sunk.then_some(&sinks), &mut out).unwrap();
+        download(b, &out)
+    }
+}
+
+fn shape(heads: usize, kv_heads: usize, dim: usize, window: Option<usize>) -> AttentionShape {
+    let scale = (dim as f32).powf(-0.5);
+    AttentionShape { heads: Heads { heads, kv_heads, dim }, scale, window, softcap: None }
+}
+
+#[test]
 fn attention() {
-    let heads = |heads, kv_heads, dim| Heads { heads, kv_heads, dim };
-    for (bounds, heads, window) in [
-        (vec![0, 1], heads(2, 1, 16), None),
-        (vec![0, 64, 65, 193], heads(9, 3, 64), None),
-        (vec![0, 300], heads(4, 2, 128), Some(1)),
-        (vec![0, 40, 340], heads(4, 2, 128), Some(70)),
-        (vec![0, 513], heads(3, 3, 10), None),
-        (vec![0, 130], heads(2, 1, 256), Some(64)),
+    for (bounds, shape) in [
+        (vec![0, 1], shape(2, 1, 16, None)),
+        (vec![0, 64, 65, 193], shape(9, 3, 64, None)),
+        (vec![0, 300], shape(4, 2, 128, Some(1))),
+        (vec![0, 40, 340], shape(4, 2, 128, Some(70))),
+        (vec![0, 513], shape(3, 3, 10, None)),
+        (vec![0, 130], shape(2, 1, 256, Some(64))),
     ] {
-        agree("attention", &Attention(bounds, heads, window));
+        agree("attention", &Attention(bounds, shape, false));
+    }
+}
+
+#[test]
+fn attention_with_softcaps_sinks_and_wide_heads() {
+    for dim in [64, 80, 96, 128, 168, 192, 256, 258, 320, 512] {
+        for (softcap, sunk) in [(None, false), (Some(1.5), false), (None, true), (Some(1.5), true)] {
+            for window in [None, Some(70)] {
+                let shape = AttentionShape { softcap, ..shape(4, 2, dim, window) };
+                let name = format!("attention {shape:?}, sinks {sunk}");
+                agree(&name, &Attention(vec![0, 1, 40, 215], shape, sunk));
+            }
+        }
     }
 }
 
@@ -442,10 +556,13 @@ fn maxima_keep_nan() {
 #[test]
 fn a_result_is_the_same_every_time() {
     let Some((_, cuda)) = backends(Compute::Bf16) else { return };
-    let attention = Attention(vec![0, 300, 700], Heads { heads: 9, kv_heads: 3, dim: 64 }, None);
+    let attention = Attention(vec![0, 300, 700], shape(9, 3, 64, None), false);
+    let wide = Attention(vec![0, 300, 700], shape(2, 1, 512, None), false);
+    let once = wide.on(&cuda);
     let (first, linear) = (attention.on(&cuda), Linear(700, 576, 1536, false).on(&cuda));
     for _ in 0..5 {
         assert_eq!(attention.on(&cuda), first);
+        assert_eq!(wide.on(&cuda), once);
         assert_eq!(Linear(700, 576, 1536, false).on(&cuda), linear);
     }
 }
@@ -460,14 +577,20 @@ fn shapes_that_do_not_fit_are_refused() {
         assert!(b.linear(&x, &some(40, 32), None, &mut out).is_err());
         assert!(b.linear(&x, &some(48, 32), Some(&some(1, 40)), &mut out).is_err());
         assert!(b.linear(&x, &some(48, 32), Some(&some(1, 48)), &mut out).is_ok());
-        assert!(b.rms_norm(&x, &some(1, 16), 1e-5, &mut some(4, 32)).is_err());
+        let llama = NormKind::llama(1e-5);
+        assert!(b.norm(&x, &llama, Some(&some(1, 16)), None, &mut some(4, 32)).is_err());
+        assert!(b.norm(&x, &llama, None, None, &mut some(4, 32)).is_err());
+        assert!(b.norm_heads(&mut some(4, 32), 12, &llama, Some(&some(1, 12))).is_err());
+        assert!(b.copy_columns(&x, 17, &mut some(4, 16)).is_err());
+        assert!(b.multiply_rows(&mut out, &some(2, 1), &b.index(&[0, 1, 2, 0]).unwrap()).is_err());
+        assert!(b.gate_by_sigmoid(&mut out, &x).is_err());
         assert!(b.embed(&x, &b.index(&[0, 4]).unwrap(), &mut some(2, 32)).is_err());
-        assert!(b.add(&mut out, &x).is_err() && b.silu_mul(&mut out, &x).is_err());
+        assert!(b.add(&mut out, &x).is_err() && b.activate_mul(&mut out, &x, Activation::Silu).is_err());
         let (cos, rows) = (some(3, 8), b.index(&[0, 1, 2, 3]).unwrap());
-        assert!(b.rope(&mut some(4, 32), 16, &cos, &cos, &rows).is_err());
-        let heads = Heads { heads: 2, kv_heads: 1, dim: 16 };
+        assert!(b.rope(&mut some(4, 32), &Rotation::llama(16), &cos, &cos, &rows).is_err());
+        let how = shape(2, 1, 16, None);
         let (kv, bounds) = (some(4, 16), b.index(&[0, 5]).unwrap());
-        assert!(b.attention(&x, &kv, &kv, &bounds, heads, 1.0, None, &mut some(4, 32)).is_err());
+        assert!(b.attention(&x, &kv, &kv, &bounds, &how, None, &mut some(4, 32)).is_err());
         let (w, h) = (b.widen(&x).unwrap(), b.matrix(vec![1.0; 48 * 48], 48).unwrap());
         assert!(b.divided(&w, &[1.0; 16]).is_err() && b.outputs(&w, &h).is_err());
         assert!(b.factor(&h, &[48; 48], 1.0).is_err() && b.relative_error(&w, &h).is_err());

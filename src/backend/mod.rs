@@ -11,9 +11,11 @@
 pub mod cpu;
 pub mod cuda;
 mod device;
+mod operations;
 mod solver;
 
 pub use device::{Device, DeviceChoice, OnBackend};
+pub use operations::{Activation, AttentionShape, Gamma, NormKind, Rotation};
 pub use solver::{Columns, Gathered, Solver, relative};
 
 use std::fmt;
@@ -121,18 +123,32 @@ pub trait Backend: Send + Sync {
     fn download_as_of(&self, moment: &Self::Moment, x: &Self::Tensor, bytes: &mut Vec<u8>) -> Result<()>;
     /// Copies a list of `u32` in.
     fn index(&self, values: &[u32]) -> Result<Self::Index>;
-    /// A matrix of f32 constants, stored in the compute dtype (rotary cosines and sines).
+    /// A matrix of f32 constants, stored in the compute dtype.
     fn constant(&self, values: &[f32], cols: usize) -> Result<Self::Tensor>;
+    /// A matrix of f32 constants that stay f32 whatever the compute dtype: tables for [`Backend::rope`], and for nothing
+    /// else.
+    fn exact_constant(&self, values: &[f32], cols: usize) -> Result<Self::Tensor>;
 
     /// `out[t] = table[ids[t]]`.
     fn embed(&self, table: &Self::Tensor, ids: &Self::Index, out: &mut Self::Tensor) -> Result<()>;
-    /// `out = round(x / rms(x)) * weight` by rows, with `rms = sqrt(mean(x²) + eps)` in f32.
-    fn rms_norm(
+    /// Normalizes each row of `x`, as [`NormKind`] says. `weight` and `bias` are `[1, cols]`; without a weight, gamma is
+    /// one. `out` has the shape of `x`.
+    fn norm(
         &self,
         x: &Self::Tensor,
-        weight: &Self::Tensor,
-        eps: f32,
+        kind: &NormKind,
+        weight: Option<&Self::Tensor>,
+        bias: Option<&Self::Tensor>,
         out: &mut Self::Tensor,
+    ) -> Result<()>;
+    /// Normalizes each head of `dim` features of each row, in place. `weight` has `dim` values that all heads share, or
+    /// as many as a row, where each head has its own; without a weight, gamma is one.
+    fn norm_heads(
+        &self,
+        x: &mut Self::Tensor,
+        dim: usize,
+        kind: &NormKind,
+        weight: Option<&Self::Tensor>,
     ) -> Result<()>;
     /// `out = x · weightᵀ + bias`; x `[t, k]`, weight `[n, k]`, bias `[n]`, out `[t, n]`.
     fn linear(
@@ -142,18 +158,20 @@ pub trait Backend: Send + Sync {
         bias: Option<&Self::Tensor>,
         out: &mut Self::Tensor,
     ) -> Result<()>;
-    /// Rotary embedding in place: the two halves of each head of row `t` are rotated by row `rows[t]` of
-    /// `cos` and `sin` (`[positions, dim / 2]`).
+    /// Rotary embedding in place, as [`Rotation`] says: the pairs of each head of row `t` are turned by row `rows[t]` of
+    /// `cos` and `sin`, both `[positions, pairs]`, both constants or both exact constants. A pair `(a, b)` becomes
+    /// `(a cos - b sin, b cos + a sin)`.
     fn rope(
         &self,
         x: &mut Self::Tensor,
-        dim: usize,
+        rotation: &Rotation,
         cos: &Self::Tensor,
         sin: &Self::Tensor,
         rows: &Self::Index,
     ) -> Result<()>;
-    /// Causal attention inside each document. `bounds` holds document starts and the end of the last;
-    /// scores are multiplied by `scale`; with a `window` a token sees itself and the `window - 1` before it.
+    /// Causal attention inside each document, as [`AttentionShape`] says. `bounds` holds document starts and the end of
+    /// the last. `sinks` `[1, heads]` are logits, not multiplied by the scale, that take part in the sum of each softmax
+    /// of their head and have no value.
     #[allow(clippy::too_many_arguments)]
     fn attention(
         &self,
@@ -161,13 +179,24 @@ pub trait Backend: Send + Sync {
         k: &Self::Tensor,
         v: &Self::Tensor,
         bounds: &Self::Index,
-        heads: Heads,
-        scale: f32,
-        window: Option<usize>,
+        shape: &AttentionShape,
+        sinks: Option<&Self::Tensor>,
         out: &mut Self::Tensor,
     ) -> Result<()>;
-    /// `gate = round(silu(gate)) * up`, in place.
-    fn silu_mul(&self, gate: &mut Self::Tensor, up: &Self::Tensor) -> Result<()>;
+    /// `gate = round(activation(gate)) * up`, in place.
+    fn activate_mul(&self, gate: &mut Self::Tensor, up: &Self::Tensor, activation: Activation) -> Result<()>;
+    /// `x = activation(x)`, in place.
+    fn activate(&self, x: &mut Self::Tensor, activation: Activation) -> Result<()>;
+    /// `x = x * round(sigmoid(gate))`, in place.
+    fn gate_by_sigmoid(&self, x: &mut Self::Tensor, gate: &Self::Tensor) -> Result<()>;
+    /// `x = x * factor`, in place; the factor stays f32.
+    fn multiply(&self, x: &mut Self::Tensor, factor: f32) -> Result<()>;
+    /// Row `t` of `x` times `factors[rows[t]]`, in place; `factors` is `[positions, 1]`.
+    fn multiply_rows(&self, x: &mut Self::Tensor, factors: &Self::Tensor, rows: &Self::Index) -> Result<()>;
+    /// `x = round(round(tanh(round(x / cap))) * cap)`, in place: bounds logits.
+    fn softcap(&self, x: &mut Self::Tensor, cap: f32) -> Result<()>;
+    /// `to[t] = from[t][first .. first + to.cols]`: one member of a fused linear's output.
+    fn copy_columns(&self, from: &Self::Tensor, first: usize, to: &mut Self::Tensor) -> Result<()>;
     /// Quantizes and dequantizes an input in place, as [`crate::nvfp4::activation`] says.
     fn quantize_input(&self, x: &mut Self::Tensor, input: crate::nvfp4::GlobalScale) -> Result<()>;
     /// `x += y`.

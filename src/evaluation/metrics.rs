@@ -7,6 +7,7 @@ use rayon::prelude::*;
 use super::forward::Text;
 use super::weights::Weights;
 use super::{OnBackend, Solver};
+use crate::backend::NormKind;
 use crate::backend::cpu::exp;
 use crate::error::{Error, Result};
 use crate::report::Scores;
@@ -38,7 +39,8 @@ impl<T, F: FnOnce(Logits<'_>) -> Result<T>> OnBackend for Head<'_, F> {
             let mut x = backend.activation(tokens, model.hidden)?;
             backend.upload(hidden, &mut x)?;
             let mut normed = backend.activation(tokens, model.hidden)?;
-            backend.rms_norm(&x, &norm, model.norm_eps, &mut normed)?;
+            let kind = NormKind::llama(model.norm_eps);
+            backend.norm(&x, &kind, Some(&norm), None, &mut normed)?;
             let mut logits = backend.activation(tokens, model.vocab)?;
             backend.linear(&normed, &lm_head, None, &mut logits)?;
             backend.values(&logits)

@@ -3,7 +3,7 @@
 use super::config::ModelConfig;
 use super::rope::RopeTable;
 use super::tensors::Site;
-use crate::backend::{Backend, Heads};
+use crate::backend::{Activation, AttentionShape, Backend, Heads, NormKind, Rotation};
 use crate::checkpoint::SourceTensor;
 use crate::error::Result;
 
@@ -125,37 +125,35 @@ impl<'a, B: Backend> Decoder<'a, B> {
     ) -> Result<()> {
         let (b, c) = (self.backend, self.config);
         work.set_rows(b, batch.tokens);
+        let (norm, rotation) = (NormKind::llama(c.norm_eps), Rotation::llama(c.head_dim));
         let [qkv, o, gate_up, down] = &weights.linears;
         let linear = |x: &B::Tensor, l: &Linear<B::Tensor>, out: &mut B::Tensor| {
             b.linear(x, &l.weight, l.bias.as_ref(), out)
         };
 
-        b.rms_norm(x, &weights.norms[0], c.norm_eps, &mut work.normed)?;
+        b.norm(x, &norm, Some(&weights.norms[0]), None, &mut work.normed)?;
         observe(Site::Qkv, &mut work.normed)?;
         linear(&work.normed, &qkv[0], &mut work.q)?;
         linear(&work.normed, &qkv[1], &mut work.k)?;
         linear(&work.normed, &qkv[2], &mut work.v)?;
-        b.rope(&mut work.q, c.head_dim, &self.cos, &self.sin, &batch.rope_rows)?;
-        b.rope(&mut work.k, c.head_dim, &self.cos, &self.sin, &batch.rope_rows)?;
-        b.attention(
-            &work.q,
-            &work.k,
-            &work.v,
-            &batch.bounds,
-            Heads { heads: c.heads, kv_heads: c.kv_heads, dim: c.head_dim },
-            (c.head_dim as f32).powf(-0.5),
-            c.sliding_window,
-            &mut work.attended,
-        )?;
+        b.rope(&mut work.q, &rotation, &self.cos, &self.sin, &batch.rope_rows)?;
+        b.rope(&mut work.k, &rotation, &self.cos, &self.sin, &batch.rope_rows)?;
+        let attention = AttentionShape {
+            heads: Heads { heads: c.heads, kv_heads: c.kv_heads, dim: c.head_dim },
+            scale: (c.head_dim as f32).powf(-0.5),
+            window: c.sliding_window,
+            softcap: None,
+        };
+        b.attention(&work.q, &work.k, &work.v, &batch.bounds, &attention, None, &mut work.attended)?;
         observe(Site::O, &mut work.attended)?;
         linear(&work.attended, &o[0], &mut work.branch)?;
         b.add(x, &work.branch)?;
 
-        b.rms_norm(x, &weights.norms[1], c.norm_eps, &mut work.normed)?;
+        b.norm(x, &norm, Some(&weights.norms[1]), None, &mut work.normed)?;
         observe(Site::GateUp, &mut work.normed)?;
         linear(&work.normed, &gate_up[0], &mut work.gate)?;
         linear(&work.normed, &gate_up[1], &mut work.up)?;
-        b.silu_mul(&mut work.gate, &work.up)?;
+        b.activate_mul(&mut work.gate, &work.up, Activation::Silu)?;
         observe(Site::Down, &mut work.gate)?;
         linear(&work.gate, &down[0], &mut work.branch)?;
         b.add(x, &work.branch)

@@ -7,6 +7,8 @@ mod shared;
 mod solver;
 mod sums;
 mod tensor;
+#[cfg(test)]
+mod tests;
 
 use std::time::Instant;
 
@@ -24,7 +26,8 @@ pub use sums::Sums;
 use tensor::Scalar;
 pub use tensor::{Tensor, View};
 
-use super::{Backend, Channels, Compute, Heads};
+use super::operations::{Shape, fit, fit_columns, fit_factors};
+use super::{Activation, AttentionShape, Backend, Channels, Compute, Gamma, NormKind, Rotation};
 use crate::checkpoint::SourceTensor;
 use crate::error::{Error, Result};
 use crate::nvfp4::activation::quantize_dequantize;
@@ -87,11 +90,40 @@ impl Cpu {
         });
     }
 
-    fn rms_norm_as<T: Scalar>(&self, x: &Tensor, weight: &Tensor, eps: f32, out: &mut Tensor) {
-        let (cols, weight) = (x.cols, T::of(weight));
+    /// Calls `f` with parts of a slice, in parallel.
+    fn each<A: Send>(&self, a: &mut [A], f: impl Fn(&mut [A]) + Send + Sync) {
+        self.pool.install(|| a.par_chunks_mut(CHUNK).for_each(f));
+    }
+
+    fn norm_as<T: Scalar>(
+        &self,
+        x: &Tensor,
+        kind: &NormKind,
+        weight: Option<&Tensor>,
+        bias: Option<&Tensor>,
+        out: &mut Tensor,
+    ) {
+        let (cols, gamma, bias) = (x.cols, factors(self.compute, kind.gamma, weight, x.cols), bias.map(wide));
         self.pool.install(|| {
             let rows = T::of_mut(out).par_chunks_exact_mut(cols).zip(T::of(x).par_chunks_exact(cols));
-            rows.with_min_len(16).for_each(|(out, x)| elementwise::rms_norm(x, weight, eps, out));
+            rows.with_min_len(16)
+                .for_each(|(out, x)| elementwise::norm(x, kind, &gamma, bias.as_deref(), out));
+        });
+    }
+
+    fn norm_heads_as<T: Scalar>(&self, x: &mut Tensor, dim: usize, kind: &NormKind, weight: Option<&Tensor>) {
+        let (cols, gamma) = (x.cols, factors(self.compute, kind.gamma, weight, dim));
+        self.pool.install(|| {
+            let rows = T::of_mut(x).par_chunks_exact_mut(cols).with_min_len(16);
+            rows.for_each_init(
+                || vec![T::round(0.0); dim],
+                |before, row| {
+                    for (head, gamma) in row.chunks_exact_mut(dim).zip(gamma.chunks_exact(dim).cycle()) {
+                        before.copy_from_slice(head);
+                        elementwise::norm(before, kind, gamma, None, head);
+                    }
+                },
+            );
         });
     }
 
@@ -109,34 +141,79 @@ impl Cpu {
         });
     }
 
-    fn rope_as<T: Scalar>(&self, x: &mut Tensor, dim: usize, cos: &Tensor, sin: &Tensor, rows: &[u32]) {
-        let (cols, half) = (x.cols, dim / 2);
-        let (cos, sin) = (T::of(cos), T::of(sin));
+    fn rope_as<T: Scalar>(
+        &self,
+        x: &mut Tensor,
+        rotation: &Rotation,
+        cos: &Tensor,
+        sin: &Tensor,
+        rows: &[u32],
+    ) {
+        let (cols, pairs) = (x.cols, cos.cols);
         self.pool.install(|| {
             let tokens = T::of_mut(x).par_chunks_exact_mut(cols).zip(rows.par_iter());
-            tokens.with_min_len(16).for_each(|(token, &row)| {
-                let at = row as usize * half..(row as usize + 1) * half;
-                for head in token.chunks_exact_mut(dim) {
-                    elementwise::rotate(head, &cos[at.clone()], &sin[at.clone()]);
-                }
-            });
+            tokens.with_min_len(16).for_each_init(
+                || (vec![0f32; pairs], vec![0f32; pairs]),
+                |(c, s), (token, &row)| {
+                    row_of(cos, row as usize, c);
+                    row_of(sin, row as usize, s);
+                    for head in token.chunks_exact_mut(rotation.head_dim) {
+                        elementwise::rotate(head, c, s, rotation);
+                    }
+                },
+            );
         });
     }
 
-    #[allow(clippy::too_many_arguments)]
     fn attention_as<T: Attend>(
         &self,
-        q: &Tensor,
-        k: &Tensor,
-        v: &Tensor,
+        [q, k, v]: [&Tensor; 3],
         bounds: &[u32],
-        heads: Heads,
-        scale: f32,
-        window: Option<usize>,
+        shape: &AttentionShape,
+        sinks: Option<&Tensor>,
         out: &mut Tensor,
     ) {
-        let (q, k, v, out) = (T::of(q), T::of(k), T::of(v), T::of_mut(out));
-        self.pool.install(|| attention::attention(q, k, v, bounds, heads, scale, window, out));
+        let (sinks, out) = (sinks.map(T::of), T::of_mut(out));
+        self.pool.install(|| attention::attention([q, k, v].map(T::of), bounds, shape, sinks, out));
+    }
+
+    fn activate_mul_as<T: Scalar>(&self, gate: &mut Tensor, up: &Tensor, activation: Activation) {
+        let one = |gate: &mut [T], up: &[T]| elementwise::activate_mul(gate, up, activation);
+        self.zip(T::of_mut(gate), T::of(up), one);
+    }
+
+    fn activate_as<T: Scalar>(&self, x: &mut Tensor, activation: Activation) {
+        self.each(T::of_mut(x), |x| elementwise::activate(x, activation));
+    }
+
+    fn gate_by_sigmoid_as<T: Scalar>(&self, x: &mut Tensor, gate: &Tensor) {
+        self.zip(T::of_mut(x), T::of(gate), elementwise::gate_by_sigmoid);
+    }
+
+    fn multiply_as<T: Scalar>(&self, x: &mut Tensor, factor: f32) {
+        self.each(T::of_mut(x), |x| elementwise::multiply(x, factor));
+    }
+
+    fn multiply_rows_as<T: Scalar>(&self, x: &mut Tensor, factors: &Tensor, rows: &[u32]) {
+        let (cols, factors) = (x.cols, T::of(factors));
+        self.pool.install(|| {
+            let tokens = T::of_mut(x).par_chunks_exact_mut(cols).zip(rows.par_iter());
+            tokens
+                .with_min_len(16)
+                .for_each(|(token, &row)| elementwise::multiply(token, factors[row as usize].get()));
+        });
+    }
+
+    fn softcap_as<T: Scalar>(&self, x: &mut Tensor, cap: f32) {
+        self.each(T::of_mut(x), |x| elementwise::softcap(x, cap));
+    }
+
+    fn copy_columns_as<T: Scalar>(&self, from: &Tensor, first: usize, to: &mut Tensor) {
+        let (all, part) = (from.cols, to.cols);
+        self.pool.install(|| {
+            let rows = T::of_mut(to).par_chunks_exact_mut(part).zip(T::of(from).par_chunks_exact(all));
+            rows.with_min_len(16).for_each(|(to, from)| to.copy_from_slice(&from[first..first + part]));
+        });
     }
 
     fn embed_as<T: Scalar>(&self, table: &Tensor, ids: &[u32], out: &mut Tensor) {
@@ -171,6 +248,41 @@ impl Cpu {
         let max = |a: f32, b: f32| if a.is_nan() || a > b { a } else { b };
         self.pool.install(|| w.par_chunks(CHUNK).map(nvfp4::amax).reduce(|| 0.0, max))
     }
+}
+
+/// Rows and columns.
+fn shape(x: &Tensor) -> Shape {
+    (x.rows, x.cols)
+}
+
+/// A matrix's values.
+fn wide(x: &Tensor) -> Vec<f32> {
+    match x.view() {
+        View::Bf16(x) => x.iter().map(|x| x.get()).collect(),
+        View::F32(x) => x.to_vec(),
+    }
+}
+
+/// One row's values.
+fn row_of(x: &Tensor, row: usize, to: &mut [f32]) {
+    let at = row * x.cols..(row + 1) * x.cols;
+    match x.view() {
+        View::Bf16(x) => to.iter_mut().zip(&x[at]).for_each(|(to, x)| *to = x.get()),
+        View::F32(x) => to.copy_from_slice(&x[at]),
+    }
+}
+
+/// What normalized values are multiplied with: as many as the weight has, `n` without one.
+fn factors(compute: Compute, gamma: Gamma, weight: Option<&Tensor>, n: usize) -> Vec<f32> {
+    let mut factors = weight.map_or_else(|| vec![1.0; n], wide);
+    match (gamma, compute) {
+        (Gamma::Weight | Gamma::One, _) => {}
+        (Gamma::OnePlusRounded, Compute::Bf16) => {
+            factors.iter_mut().for_each(|w| *w = <bf16 as Scalar>::round(1.0 + *w).get());
+        }
+        (Gamma::OnePlus | Gamma::OnePlusRounded, _) => factors.iter_mut().for_each(|w| *w += 1.0),
+    }
+    factors
 }
 
 /// Runs a generic method with the activation type of the compute dtype.
@@ -263,13 +375,31 @@ impl Backend for Cpu {
         Ok(Tensor::from_f32(self.compute, values, cols))
     }
 
+    fn exact_constant(&self, values: &[f32], cols: usize) -> Result<Tensor> {
+        Ok(Tensor::from_f32(Compute::F32, values, cols))
+    }
+
     fn embed(&self, table: &Tensor, ids: &Vec<u32>, out: &mut Tensor) -> Result<()> {
         as_compute!(self, embed_as(table, ids, out));
         Ok(())
     }
 
-    fn rms_norm(&self, x: &Tensor, weight: &Tensor, eps: f32, out: &mut Tensor) -> Result<()> {
-        as_compute!(self, rms_norm_as(x, weight, eps, out));
+    fn norm(
+        &self,
+        x: &Tensor,
+        kind: &NormKind,
+        weight: Option<&Tensor>,
+        bias: Option<&Tensor>,
+        out: &mut Tensor,
+    ) -> Result<()> {
+        kind.fit(shape(x), x.cols, weight.map(shape), bias.map(shape), shape(out))?;
+        as_compute!(self, norm_as(x, kind, weight, bias, out));
+        Ok(())
+    }
+
+    fn norm_heads(&self, x: &mut Tensor, dim: usize, kind: &NormKind, weight: Option<&Tensor>) -> Result<()> {
+        kind.fit(shape(x), dim, weight.map(shape), None, shape(x))?;
+        as_compute!(self, norm_heads_as(x, dim, kind, weight));
         Ok(())
     }
 
@@ -278,8 +408,16 @@ impl Backend for Cpu {
         Ok(())
     }
 
-    fn rope(&self, x: &mut Tensor, dim: usize, cos: &Tensor, sin: &Tensor, rows: &Vec<u32>) -> Result<()> {
-        as_compute!(self, rope_as(x, dim, cos, sin, rows));
+    fn rope(
+        &self,
+        x: &mut Tensor,
+        rotation: &Rotation,
+        cos: &Tensor,
+        sin: &Tensor,
+        rows: &Vec<u32>,
+    ) -> Result<()> {
+        rotation.fit(shape(x), shape(cos), shape(sin), rows)?;
+        as_compute!(self, rope_as(x, rotation, cos, sin, rows));
         Ok(())
     }
 
@@ -289,20 +427,51 @@ impl Backend for Cpu {
         k: &Tensor,
         v: &Tensor,
         bounds: &Vec<u32>,
-        heads: Heads,
-        scale: f32,
-        window: Option<usize>,
+        how: &AttentionShape,
+        sinks: Option<&Tensor>,
         out: &mut Tensor,
     ) -> Result<()> {
-        as_compute!(self, attention_as(q, k, v, bounds, heads, scale, window, out));
+        how.fit([shape(q), shape(k), shape(v), shape(out)], bounds, sinks.map(shape))?;
+        as_compute!(self, attention_as([q, k, v], bounds, how, sinks, out));
         Ok(())
     }
 
-    fn silu_mul(&self, gate: &mut Tensor, up: &Tensor) -> Result<()> {
-        match self.compute {
-            Compute::Bf16 => self.zip(bf16::of_mut(gate), bf16::of(up), elementwise::silu_mul),
-            Compute::F32 => self.zip(f32::of_mut(gate), f32::of(up), elementwise::silu_mul),
-        }
+    fn activate_mul(&self, gate: &mut Tensor, up: &Tensor, activation: Activation) -> Result<()> {
+        fit("activate_mul", shape(gate) == shape(up), &(shape(gate), shape(up)))?;
+        as_compute!(self, activate_mul_as(gate, up, activation));
+        Ok(())
+    }
+
+    fn activate(&self, x: &mut Tensor, activation: Activation) -> Result<()> {
+        as_compute!(self, activate_as(x, activation));
+        Ok(())
+    }
+
+    fn gate_by_sigmoid(&self, x: &mut Tensor, gate: &Tensor) -> Result<()> {
+        fit("gate_by_sigmoid", shape(x) == shape(gate), &(shape(x), shape(gate)))?;
+        as_compute!(self, gate_by_sigmoid_as(x, gate));
+        Ok(())
+    }
+
+    fn multiply(&self, x: &mut Tensor, factor: f32) -> Result<()> {
+        as_compute!(self, multiply_as(x, factor));
+        Ok(())
+    }
+
+    fn multiply_rows(&self, x: &mut Tensor, factors: &Tensor, rows: &Vec<u32>) -> Result<()> {
+        fit_factors(shape(x), shape(factors), rows)?;
+        as_compute!(self, multiply_rows_as(x, factors, rows));
+        Ok(())
+    }
+
+    fn softcap(&self, x: &mut Tensor, cap: f32) -> Result<()> {
+        as_compute!(self, softcap_as(x, cap));
+        Ok(())
+    }
+
+    fn copy_columns(&self, from: &Tensor, first: usize, to: &mut Tensor) -> Result<()> {
+        fit_columns(shape(from), first, shape(to))?;
+        as_compute!(self, copy_columns_as(from, first, to));
         Ok(())
     }
 
@@ -394,58 +563,5 @@ impl Backend for Cpu {
             View::F32(w) => self.quantize_as(w, global, codes, scales),
         }
         Ok(())
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn nan_sticks_to_an_observed_maximum() {
-        let cpu = Cpu::new(Compute::F32, 2).unwrap();
-        let mut amax = cpu.amax(2).unwrap();
-        for values in [[1.0, -3.0], [f32::NAN, 0.0], [5.0, 5.0]] {
-            cpu.observe(&Tensor::from_f32(Compute::F32, &values, 2), &mut amax, 1).unwrap();
-        }
-        assert_eq!(amax[0], 0.0);
-        assert!(amax[1].is_nan());
-    }
-
-    #[test]
-    fn chunked_maxima_keep_nan_wherever_it_is() {
-        let cpu = Cpu::new(Compute::F32, 2).unwrap();
-        for at in [0, CHUNK, 3 * CHUNK - 1] {
-            let mut values = vec![1.0; 3 * CHUNK];
-            values[at] = f32::NAN;
-            assert!(cpu.amax_as(&values).is_nan());
-            values[at] = -7.0;
-            assert_eq!(cpu.amax_as(&values), 7.0);
-        }
-    }
-
-    #[test]
-    fn quantizing_in_parallel_gives_the_bytes_of_one_thread() {
-        let cpu = Cpu::new(Compute::Bf16, 2).unwrap();
-        let values: Vec<f32> =
-            (0..3 * CHUNK + 64).map(|i| ((i * 37 % 1001) as f32 - 500.0) / 333.0).collect();
-        let w = Tensor::from_f32(Compute::Bf16, &values, values.len());
-        let global = GlobalScale::from_amax(cpu.weight_amax(&w).unwrap());
-        let mut here = (vec![0; values.len() / 2], vec![0; values.len() / 16]);
-        let mut there = here.clone();
-        cpu.quantize(&w, global, &mut here.0, &mut here.1).unwrap();
-        nvfp4::quantize(bf16::of(&w), global, &mut there.0, &mut there.1);
-        assert_eq!(here, there);
-    }
-
-    #[test]
-    fn a_linear_adds_its_bias_before_rounding() {
-        let cpu = Cpu::new(Compute::Bf16, 1).unwrap();
-        let x = Tensor::from_f32(Compute::Bf16, &[1.0, 2.0], 2);
-        let w = Tensor::from_f32(Compute::Bf16, &[256.0, 0.5, 1.0, 1.0], 2);
-        let bias = Tensor::from_f32(Compute::Bf16, &[1.0, -3.0], 2);
-        let mut out = Tensor::zeros(Compute::Bf16, 1, 2);
-        cpu.linear(&x, &w, Some(&bias), &mut out).unwrap();
-        assert_eq!(bf16::of(&out).iter().map(|x| x.get()).collect::<Vec<_>>(), [258.0, 0.0]);
     }
 }

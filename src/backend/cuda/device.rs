@@ -8,11 +8,12 @@ use cudarc::cublas::{CudaBlas, result as cublas, sys as cublas_sys};
 use cudarc::driver::{CudaContext, CudaSlice, CudaStream, CudaView, DevicePtr, DeviceRepr, DriverError, sys};
 
 use super::Tensor;
-use super::kernels::{self, Attention, Kernels};
+use super::kernels::{self, Attention, AttentionFor, Kernels};
 use super::lane::Lane;
 use super::solver::Solving;
 use super::staging::Staging;
 use crate::backend::Compute;
+use crate::backend::operations::fit;
 use crate::error::{Error, Result};
 use crate::threads;
 
@@ -40,7 +41,7 @@ pub struct Cuda {
     codes: Lane,
     pub(super) rounding: Mutex<Rounding>,
     pub(super) blas: CudaBlas,
-    attention: Mutex<HashMap<usize, Attention>>,
+    attention: Mutex<HashMap<AttentionFor, Attention>>,
     /// The card's architecture, as the compiler names it.
     pub(super) architecture: String,
     /// Short lists for the finishing stream.
@@ -91,15 +92,6 @@ fn pooled(context: &CudaContext, counter: sys::CUmemPool_attribute) -> std::resu
         cudarc::driver::result::mem_pool::get_attribute(pool(context)?, counter, (&raw mut bytes).cast())?
     };
     Ok(bytes)
-}
-
-/// Shapes that don't fit each other are refused before anything is asked of the card.
-pub(super) fn fit(operation: &str, fits: bool, shapes: &dyn std::fmt::Debug) -> Result<()> {
-    if fits {
-        return Ok(());
-    }
-    Err(Error::run(format!("{operation}: the shapes {shapes:?} do not fit each other"))
-        .fix("use the config.json that belongs to the weights"))
 }
 
 /// How many GPUs there are: 0 where the driver is missing as well.
@@ -273,18 +265,21 @@ impl Cuda {
         })
     }
 
-    /// The attention kernel for heads of `dim` features, compiled when first asked for.
-    pub(super) fn attention_kernel(&self, dim: usize) -> Result<Attention> {
-        if dim > 256 {
-            return Err(Error::run(format!("heads of {dim} features do not fit the GPU's attention kernel"))
-                .fix("use --device cpu"));
+    /// The attention kernel for what it is asked to do, compiled when first asked for.
+    pub(super) fn attention_kernel(&self, what: AttentionFor) -> Result<Attention> {
+        if what.dim > 512 || !what.dim.is_multiple_of(2) {
+            return Err(Error::run(format!(
+                "heads of {} features do not fit the GPU's attention kernel: it takes even numbers up to 512",
+                what.dim
+            ))
+            .fix("use --device cpu"));
         }
         let mut known = self.attention.lock().expect("no holder of this lock panics");
-        if let Some(kernel) = known.get(&dim) {
+        if let Some(kernel) = known.get(&what) {
             return Ok(kernel.clone());
         }
-        let kernel = kernels::attention(&self.context, &self.architecture, self.compute, dim)?;
-        known.insert(dim, kernel.clone());
+        let kernel = kernels::attention(&self.context, &self.architecture, self.compute, what)?;
+        known.insert(what, kernel.clone());
         Ok(kernel)
     }
 

@@ -118,8 +118,17 @@ kernels! {
     Kernels {
         embed(u64, u64, i32, u64),
         rms_norm(u64, u64, i32, f32, u64),
-        rope(u64, u64, u64, u64, i32, i32, u64),
+        norm_long(u64, u64, u64, i32, i32, i32, i32, i32, f32, u64),
+        norm_short(u64, u64, u64, i32, i32, i32, i32, i32, f32, u64, u64),
+        rope(u64, u64, u64, u64, i32, i32, i32, i32, i32, i32, u64),
+        rope_exact(u64, u64, u64, u64, i32, i32, i32, i32, i32, i32, u64),
         silu_mul(u64, u64, u64),
+        activate(u64, u64, i32, f32, f32, u64),
+        gate_by_sigmoid(u64, u64, u64),
+        multiply(u64, f32, u64),
+        multiply_rows(u64, u64, u64, i32, u64),
+        softcap(u64, f32, u64),
+        copy_columns(u64, i32, i32, i32, u64, i32, u64),
         add(u64, u64, u64),
         add_bias(u64, u64, i32, u64),
         amax(u64, u64, u64),
@@ -161,17 +170,37 @@ kernels! {
     }
 }
 
-/// Queries, keys, values, bounds, heads, key and value heads, scale, window, outputs.
-pub type Attention = Kernel<(u64, u64, u64, u64, i32, i32, f32, i32, u64)>;
+/// Queries, keys, values, bounds, heads, key and value heads, scale, window, softcap, sinks, outputs.
+pub type Attention = Kernel<(u64, u64, u64, u64, i32, i32, f32, i32, f32, u64, u64)>;
 
-/// The attention kernel for heads of `dim` features.
+/// What an attention kernel is compiled for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct AttentionFor {
+    /// Features of a head.
+    pub dim: usize,
+    /// Whether scores are capped.
+    pub softcap: bool,
+    /// Whether heads have sinks.
+    pub sinks: bool,
+}
+
+impl AttentionFor {
+    fn defines(self) -> Vec<String> {
+        let mut defines = vec![format!("-DHEAD_DIM={}", self.dim)];
+        defines.extend(self.softcap.then(|| "-DSOFTCAP".to_string()));
+        defines.extend(self.sinks.then(|| "-DSINKS".to_string()));
+        defines
+    }
+}
+
+/// The attention kernel for what it is asked to do.
 pub fn attention(
     context: &Arc<CudaContext>,
     architecture: &str,
     compute: Compute,
-    dim: usize,
+    what: AttentionFor,
 ) -> Result<Attention> {
-    let (binary, _) = compile(&[ATTENTION], compute, architecture, &[format!("-DHEAD_DIM={dim}")])?;
+    let (binary, _) = compile(&[ATTENTION], compute, architecture, &what.defines())?;
     Kernel::of(&load_binary(context, binary)?, "attention")
 }
 
@@ -311,7 +340,8 @@ mod tests {
             }
         }
         let attention = declared(&entries(&[ATTENTION]), "attention");
-        assert_eq!(attention, ["u64", "u64", "u64", "u64", "i32", "i32", "f32", "i32", "u64"]);
+        let expected = ["u64", "u64", "u64", "u64", "i32", "i32", "f32", "i32", "f32", "u64", "u64"];
+        assert_eq!(attention, expected);
     }
 
     /// Without a GPU: every kernel compiles for every architecture that distq serves, and those of the forward pass
@@ -338,10 +368,14 @@ mod tests {
             for compute in [Compute::Bf16, Compute::F32] {
                 let what = format!("{compute:?}");
                 report(&what, false, compile(&[ELEMENTWISE, NVFP4], compute, architecture, options).unwrap());
-                for dim in [10, 64, 128, 256] {
-                    let options = [verbose.clone(), format!("-DHEAD_DIM={dim}")];
-                    let what = format!("{compute:?}, heads of {dim}");
-                    report(&what, dim > 128, compile(&[ATTENTION], compute, architecture, &options).unwrap());
+                for dim in [10, 64, 80, 96, 128, 256, 320, 512] {
+                    let plain = AttentionFor { dim, softcap: false, sinks: false };
+                    let every = AttentionFor { dim, softcap: true, sinks: true };
+                    for what in [plain, every] {
+                        let options = [what.defines(), vec![verbose.clone()]].concat();
+                        let compiled = compile(&[ATTENTION], compute, architecture, &options).unwrap();
+                        report(&format!("{compute:?}, {what:?}"), dim > 128, compiled);
+                    }
                 }
             }
         }

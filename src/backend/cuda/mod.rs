@@ -16,15 +16,15 @@ use std::sync::Mutex;
 use cudarc::driver::sys::CUevent_flags;
 use cudarc::driver::{CudaEvent, DevicePtr, LaunchConfig};
 
-use device::fit;
 pub use device::{Cuda, available, visible};
 pub use tensor::Tensor;
 
-use super::{Backend, Channels, Compute, Heads};
+use super::operations::{fit, fit_columns, fit_factors};
+use super::{Activation, AttentionShape, Backend, Channels, Compute, Gamma, NormKind, Rotation};
 use crate::checkpoint::SourceTensor;
 use crate::error::Result;
 use crate::nvfp4::{BLOCK, GlobalScale};
-use kernels::launch;
+use kernels::{AttentionFor, launch};
 pub use solver::{Codes, Factor, Matrix};
 pub use sums::DeviceSums;
 
@@ -43,6 +43,14 @@ const THREADS: u32 = 256;
 /// Bytes that kernels load at a time: `Pack` in `kernels/common.cuh`.
 const PACK_BYTES: usize = 16;
 
+/// The longest piece of a row that one warp normalizes; a block takes longer ones.
+const SHORT: usize = 1024;
+
+/// One block for each of `n` pieces of work.
+fn blocks(n: usize) -> LaunchConfig {
+    LaunchConfig { grid_dim: (n as u32, 1, 1), block_dim: (THREADS, 1, 1), shared_mem_bytes: 0 }
+}
+
 /// One thread for each of `n` elements.
 fn threads_for(n: usize) -> LaunchConfig {
     LaunchConfig {
@@ -60,6 +68,84 @@ impl Cuda {
     /// Elements that kernels load at a time.
     fn pack(&self) -> usize {
         PACK_BYTES / self.compute.bytes()
+    }
+
+    /// Packs that hold a matrix.
+    fn packs(&self, x: &Tensor) -> usize {
+        (x.rows * x.cols).div_ceil(self.pack())
+    }
+
+    /// Normalizes each piece of `dim` elements of `x` into `to`; the shapes fit.
+    fn normalize(
+        &self,
+        x: &Tensor,
+        dim: usize,
+        kind: &NormKind,
+        [weight, bias]: [Option<&Tensor>; 2],
+        to: u64,
+    ) -> Result<()> {
+        let pieces = x.rows * (x.cols / dim);
+        let own = weight.map_or(1, |weight| weight.rows * weight.cols / dim);
+        let gamma = match kind.gamma {
+            Gamma::Weight => 0,
+            Gamma::OnePlus => 1,
+            Gamma::OnePlusRounded => 2,
+            Gamma::One => 3,
+        };
+        let at = |x: Option<&Tensor>| x.map_or(0, |x| x.pointer(self));
+        let (from, weight_at, bias_at) = (x.pointer(self), at(weight), at(bias));
+        let (dim_, own, centers) = (dim as i32, own as i32, i32::from(kind.centers));
+        let (first, eps, k) = (i32::from(kind.rounds_first), kind.eps, &self.kernels);
+        if dim <= SHORT {
+            let (config, n) = (threads_for(pieces * 32), pieces as u64);
+            launch!(
+                self,
+                &k.norm_short,
+                config,
+                from,
+                weight_at,
+                bias_at,
+                dim_,
+                own,
+                centers,
+                gamma,
+                first,
+                eps,
+                to,
+                n
+            )?;
+        } else {
+            let config = blocks(pieces);
+            launch!(
+                self,
+                &k.norm_long,
+                config,
+                from,
+                weight_at,
+                bias_at,
+                dim_,
+                own,
+                centers,
+                gamma,
+                first,
+                eps,
+                to
+            )?;
+        }
+        weight.map_or(Ok(()), |weight| weight.used(self))?;
+        bias.map_or(Ok(()), |bias| bias.used(self))
+    }
+
+    /// Activates `packs` packs at `gate`, and multiplies them with those at `up` unless that is null.
+    fn activated(&self, gate: u64, up: u64, activation: Activation, packs: usize) -> Result<()> {
+        let (number, p, n) = match activation {
+            Activation::Silu => (0, 0.0, 0.0),
+            Activation::GeluTanh => (1, 0.0, 0.0),
+            Activation::Gelu => (2, 0.0, 0.0),
+            Activation::Relu2 => (3, 0.0, 0.0),
+            Activation::Xielu { alpha_p, alpha_n } => (4, alpha_p, alpha_n),
+        };
+        launch!(self, &self.kernels.activate, threads_for(packs), gate, up, number, p, n, packs as u64)
     }
 
     /// Enough blocks to fill the card; each walks over its share of `n` elements.
@@ -99,7 +185,7 @@ impl Backend for Cuda {
     }
 
     fn set_rows(&self, x: &mut Tensor, rows: usize) {
-        x.set_rows(self, rows);
+        x.set_rows(rows);
     }
 
     fn upload(&self, bytes: &[u8], x: &mut Tensor) -> Result<()> {
@@ -128,31 +214,44 @@ impl Backend for Cuda {
     }
 
     fn constant(&self, values: &[f32], cols: usize) -> Result<Tensor> {
-        Tensor::constant(self, values, cols)
+        Tensor::constant(self, values, cols, self.compute)
+    }
+
+    fn exact_constant(&self, values: &[f32], cols: usize) -> Result<Tensor> {
+        Tensor::constant(self, values, cols, Compute::F32)
     }
 
     fn embed(&self, table: &Tensor, ids: &Index, out: &mut Tensor) -> Result<()> {
         let inside = ids.host.iter().all(|&id| (id as usize) < table.rows);
         let shapes = (table.shape(), ids.host.len(), out.shape());
         fit("embed", inside && out.shape() == (ids.host.len(), table.cols), &shapes)?;
-        let config = LaunchConfig {
-            grid_dim: (out.rows as u32, 1, 1),
-            block_dim: (THREADS, 1, 1),
-            shared_mem_bytes: 0,
-        };
+        let config = blocks(out.rows);
         let (table_at, to) = (table.pointer(self), out.pointer(self));
         launch!(self, &self.kernels.embed, config, table_at, self.pointer(ids), table.cols as i32, to)?;
         table.used(self)
     }
 
-    fn rms_norm(&self, x: &Tensor, weight: &Tensor, eps: f32, out: &mut Tensor) -> Result<()> {
-        let shapes = (x.shape(), weight.shape(), out.shape());
-        fit("rms_norm", x.shape() == out.shape() && weight.shape() == (1, x.cols), &shapes)?;
-        let config =
-            LaunchConfig { grid_dim: (x.rows as u32, 1, 1), block_dim: (256, 1, 1), shared_mem_bytes: 0 };
-        let (from, weight_at, to) = (x.pointer(self), weight.pointer(self), out.pointer(self));
-        launch!(self, &self.kernels.rms_norm, config, from, weight_at, x.cols as i32, eps, to)?;
-        weight.used(self)
+    fn norm(
+        &self,
+        x: &Tensor,
+        kind: &NormKind,
+        weight: Option<&Tensor>,
+        bias: Option<&Tensor>,
+        out: &mut Tensor,
+    ) -> Result<()> {
+        kind.fit(x.shape(), x.cols, weight.map(Tensor::shape), bias.map(Tensor::shape), out.shape())?;
+        if let (Some(weight), None, true) = (weight, bias, *kind == NormKind::llama(kind.eps)) {
+            let (from, weight_at, to) = (x.pointer(self), weight.pointer(self), out.pointer(self));
+            let config = blocks(x.rows);
+            launch!(self, &self.kernels.rms_norm, config, from, weight_at, x.cols as i32, kind.eps, to)?;
+            return weight.used(self);
+        }
+        self.normalize(x, x.cols, kind, [weight, bias], out.pointer(self))
+    }
+
+    fn norm_heads(&self, x: &mut Tensor, dim: usize, kind: &NormKind, weight: Option<&Tensor>) -> Result<()> {
+        kind.fit(x.shape(), dim, weight.map(Tensor::shape), None, x.shape())?;
+        self.normalize(x, dim, kind, [weight, None], x.pointer(self))
     }
 
     fn linear(&self, x: &Tensor, weight: &Tensor, bias: Option<&Tensor>, out: &mut Tensor) -> Result<()> {
@@ -177,28 +276,41 @@ impl Backend for Cuda {
         }
     }
 
-    fn rope(&self, x: &mut Tensor, dim: usize, cos: &Tensor, sin: &Tensor, rows: &Index) -> Result<()> {
-        let inside = rows.host.iter().all(|&row| (row as usize) < cos.rows);
-        let whole = dim > 0 && dim.is_multiple_of(2) && x.cols.is_multiple_of(dim);
-        let tables = cos.shape() == sin.shape() && 2 * cos.cols == dim && rows.host.len() == x.rows;
-        let shapes = (x.shape(), dim, cos.shape(), sin.shape(), rows.host.len());
-        fit("rope", inside && whole && tables, &shapes)?;
-        let pairs = x.rows * x.cols / 2;
-        let (x_at, cos, sin, rows) =
-            (x.pointer(self), cos.pointer(self), sin.pointer(self), self.pointer(rows));
-        // Where halves of heads are whole packs, a thread takes a pack of pairs.
-        let each = if (dim / 2).is_multiple_of(self.pack()) { self.pack() } else { 1 };
-        let config = threads_for(pairs / each);
+    fn rope(
+        &self,
+        x: &mut Tensor,
+        rotation: &Rotation,
+        cos: &Tensor,
+        sin: &Tensor,
+        rows: &Index,
+    ) -> Result<()> {
+        rotation.fit(x.shape(), cos.shape(), sin.shape(), &rows.host)?;
+        fit("rope", cos.wide == sin.wide, &"a table in f32 and one in the compute dtype")?;
+        let (dim, half) = (rotation.head_dim, cos.cols);
+        let pairs = x.rows * (x.cols / dim) * half;
+        // Where turned halves and heads are whole packs, a thread takes a pack of pairs.
+        let wide = half.is_multiple_of(self.pack()) && dim.is_multiple_of(self.pack());
+        let config = threads_for(pairs / if wide { self.pack() } else { 1 });
+        let kernel = match cos.wide && self.compute == Compute::Bf16 {
+            true => &self.kernels.rope_exact,
+            false => &self.kernels.rope,
+        };
+        let (x_at, cos_at, sin_at) = (x.pointer(self), cos.pointer(self), sin.pointer(self));
+        let (interleaved, once) = (i32::from(rotation.interleaved), i32::from(rotation.rounds_once));
         launch!(
             self,
-            &self.kernels.rope,
+            kernel,
             config,
             x_at,
-            cos,
-            sin,
-            rows,
+            cos_at,
+            sin_at,
+            self.pointer(rows),
             dim as i32,
+            half as i32,
             x.cols as i32,
+            interleaved,
+            once,
+            i32::from(wide),
             pairs as u64
         )
     }
@@ -209,37 +321,98 @@ impl Backend for Cuda {
         k: &Tensor,
         v: &Tensor,
         bounds: &Index,
-        heads: Heads,
-        scale: f32,
-        window: Option<usize>,
+        how: &AttentionShape,
+        sinks: Option<&Tensor>,
         out: &mut Tensor,
     ) -> Result<()> {
-        let rising = bounds.host.first() == Some(&0) && bounds.host.is_sorted();
-        let whole = heads.kv_heads > 0 && heads.heads.is_multiple_of(heads.kv_heads);
-        let rows = bounds.host.last().map_or(0, |&end| end as usize);
-        let (wide, narrow) = ((rows, heads.heads * heads.dim), (rows, heads.kv_heads * heads.dim));
-        let shapes = (q.shape(), k.shape(), v.shape(), out.shape(), heads, rows);
-        let given = [q.shape(), out.shape(), k.shape(), v.shape()];
-        fit("attention", rising && whole && given == [wide, wide, narrow, narrow], &shapes)?;
-        let kernel = self.attention_kernel(heads.dim)?;
+        let given = [q.shape(), k.shape(), v.shape(), out.shape()];
+        how.fit(given, &bounds.host, sinks.map(Tensor::shape))?;
+        let heads = how.heads;
+        let what = AttentionFor { dim: heads.dim, softcap: how.softcap.is_some(), sinks: sinks.is_some() };
+        let kernel = self.attention_kernel(what)?;
         let longest = bounds.host.windows(2).map(|pair| pair[1] - pair[0]).max().unwrap_or(0);
         let documents = bounds.host.len() as u32 - 1;
-        let grid_dim = match self.compute {
-            Compute::Bf16 => (longest.div_ceil(64), heads.heads as u32, documents),
-            Compute::F32 => (q.rows as u32, heads.heads as u32, 1),
+        let (grid_dim, threads) = match self.compute {
+            // Beyond 256 features, two warps share 16 queries: WARPS in the source.
+            Compute::Bf16 => {
+                let warps = if heads.dim <= 256 { 1 } else { 2 };
+                ((longest.div_ceil(64), heads.heads as u32, documents), 128 * warps)
+            }
+            Compute::F32 => ((q.rows as u32, heads.heads as u32, 1), 128),
         };
-        let config = LaunchConfig { grid_dim, block_dim: (128, 1, 1), shared_mem_bytes: 0 };
-        let window = window.map_or(i32::MAX, |window| window.min(i32::MAX as usize) as i32);
+        let config = LaunchConfig { grid_dim, block_dim: (threads, 1, 1), shared_mem_bytes: 0 };
+        let window = how.window.map_or(i32::MAX, |window| window.min(i32::MAX as usize) as i32);
         let (q, k, v, to) = (q.pointer(self), k.pointer(self), v.pointer(self), out.pointer(self));
-        let (heads, kv_heads) = (heads.heads as i32, heads.kv_heads as i32);
-        launch!(self, &kernel, config, q, k, v, self.pointer(bounds), heads, kv_heads, scale, window, to)
+        let (cap, sinks_at) = (how.softcap.unwrap_or(0.0), sinks.map_or(0, |sinks| sinks.pointer(self)));
+        launch!(
+            self,
+            &kernel,
+            config,
+            q,
+            k,
+            v,
+            self.pointer(bounds),
+            heads.heads as i32,
+            heads.kv_heads as i32,
+            how.scale,
+            window,
+            cap,
+            sinks_at,
+            to
+        )?;
+        sinks.map_or(Ok(()), |sinks| sinks.used(self))
     }
 
-    fn silu_mul(&self, gate: &mut Tensor, up: &Tensor) -> Result<()> {
-        fit("silu_mul", gate.shape() == up.shape(), &(gate.shape(), up.shape()))?;
-        let packs = (gate.rows * gate.cols).div_ceil(self.pack());
-        let (gate, up) = (gate.pointer(self), up.pointer(self));
-        launch!(self, &self.kernels.silu_mul, threads_for(packs), gate, up, packs as u64)
+    fn activate_mul(&self, gate: &mut Tensor, up: &Tensor, activation: Activation) -> Result<()> {
+        fit("activate_mul", gate.shape() == up.shape(), &(gate.shape(), up.shape()))?;
+        let packs = self.packs(gate);
+        let (gate_at, up_at) = (gate.pointer(self), up.pointer(self));
+        if activation == Activation::Silu {
+            let config = threads_for(packs);
+            return launch!(self, &self.kernels.silu_mul, config, gate_at, up_at, packs as u64);
+        }
+        self.activated(gate_at, up_at, activation, packs)
+    }
+
+    fn activate(&self, x: &mut Tensor, activation: Activation) -> Result<()> {
+        self.activated(x.pointer(self), 0, activation, self.packs(x))
+    }
+
+    fn gate_by_sigmoid(&self, x: &mut Tensor, gate: &Tensor) -> Result<()> {
+        fit("gate_by_sigmoid", x.shape() == gate.shape(), &(x.shape(), gate.shape()))?;
+        let packs = self.packs(x);
+        let (x, gate) = (x.pointer(self), gate.pointer(self));
+        launch!(self, &self.kernels.gate_by_sigmoid, threads_for(packs), x, gate, packs as u64)
+    }
+
+    fn multiply(&self, x: &mut Tensor, factor: f32) -> Result<()> {
+        let packs = self.packs(x);
+        let x = x.pointer(self);
+        launch!(self, &self.kernels.multiply, threads_for(packs), x, factor, packs as u64)
+    }
+
+    fn multiply_rows(&self, x: &mut Tensor, factors: &Tensor, rows: &Index) -> Result<()> {
+        fit_factors(x.shape(), factors.shape(), &rows.host)?;
+        let (n, cols) = (x.rows * x.cols, x.cols as i32);
+        let (x, by, rows) = (x.pointer(self), factors.pointer(self), self.pointer(rows));
+        launch!(self, &self.kernels.multiply_rows, threads_for(n), x, by, rows, cols, n as u64)?;
+        factors.used(self)
+    }
+
+    fn softcap(&self, x: &mut Tensor, cap: f32) -> Result<()> {
+        let packs = self.packs(x);
+        launch!(self, &self.kernels.softcap, threads_for(packs), x.pointer(self), cap, packs as u64)
+    }
+
+    fn copy_columns(&self, from: &Tensor, first: usize, to: &mut Tensor) -> Result<()> {
+        fit_columns(from.shape(), first, to.shape())?;
+        let n = to.rows * to.cols;
+        let wide = [first, from.cols, to.cols].iter().all(|cols| cols.is_multiple_of(self.pack()));
+        let config = threads_for(n / if wide { self.pack() } else { 1 });
+        let (from_at, to_at) = (from.pointer(self), to.pointer(self));
+        let (first, all, part) = (first as i32, from.cols as i32, to.cols as i32);
+        let kernel = &self.kernels.copy_columns;
+        launch!(self, kernel, config, from_at, first, all, part, to_at, i32::from(wide), n as u64)
     }
 
     fn quantize_input(&self, x: &mut Tensor, input: GlobalScale) -> Result<()> {
@@ -258,7 +431,7 @@ impl Backend for Cuda {
 
     fn add(&self, x: &mut Tensor, y: &Tensor) -> Result<()> {
         fit("add", x.shape() == y.shape(), &(x.shape(), y.shape()))?;
-        let packs = (x.rows * x.cols).div_ceil(self.pack());
+        let packs = self.packs(x);
         let (x, y) = (x.pointer(self), y.pointer(self));
         launch!(self, &self.kernels.add, threads_for(packs), x, y, packs as u64)
     }

@@ -7,9 +7,9 @@ use bytemuck::NoUninit;
 use cudarc::cublas::{CudaBlas, result as cublas, sys as cublas_sys};
 use cudarc::driver::{CudaSlice, DevicePtr, DeviceRepr, LaunchConfig, ValidAsZeroBits};
 
-use super::device::fit;
 use super::kernels::{self, SolverKernels, launch};
 use super::{Cuda, DeviceSums, THREADS, Tensor, threads_for};
+use crate::backend::operations::fit;
 use crate::backend::{Columns, Compute, Gathered, Solver, relative};
 use crate::error::{Error, Result};
 use crate::nvfp4::{BLOCK, GlobalScale, QuantizedLinear};

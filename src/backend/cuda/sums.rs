@@ -5,9 +5,9 @@ use std::ffi::c_void;
 use cudarc::cublas::{result as cublas, sys as cublas_sys};
 use cudarc::driver::{CudaSlice, DevicePtr, LaunchConfig};
 
-use super::device::fit;
 use super::kernels::launch;
 use super::{Cuda, Index, THREADS, Tensor};
+use crate::backend::operations::fit;
 use crate::backend::{Channels, Compute};
 use crate::error::{Error, Result};
 

@@ -13,12 +13,14 @@ use crate::backend::cpu;
 use crate::checkpoint::SourceTensor;
 use crate::error::{Error, Result};
 
-/// A row-major matrix on the GPU, in the backend's compute dtype.
+/// A row-major matrix on the GPU, in the backend's compute dtype unless it is an exact constant.
 pub struct Tensor {
     /// Rows in use.
     pub(super) rows: usize,
     /// Elements of a row.
     pub(super) cols: usize,
+    /// Whether its elements are f32.
+    pub(super) wide: bool,
     data: CudaSlice<u8>,
     /// For what comes by a lane, and is freed on another stream than it is used on: its last use by the forward pass.
     /// The finishing thread is done with weights before it lets go.
@@ -42,18 +44,23 @@ impl Drop for Tensor {
 
 impl Tensor {
     pub(super) fn zeros(cuda: &Cuda, rows: usize, cols: usize) -> Result<Tensor> {
+        Tensor::zeros_of(cuda, rows, cols, cuda.compute)
+    }
+
+    fn zeros_of(cuda: &Cuda, rows: usize, cols: usize, elements: Compute) -> Result<Tensor> {
         // Kernels walk over whole packs.
-        let bytes = (rows * cols * cuda.compute.bytes()).max(1).next_multiple_of(PACK_BYTES);
+        let bytes = (rows * cols * elements.bytes()).max(1).next_multiple_of(PACK_BYTES);
         let data = cuda
             .stream
             .alloc_zeros(bytes)
             .map_err(|e| cuda.failed(&format!("allocate {}", crate::units::binary(bytes as u64)), e))?;
-        Ok(Tensor { rows, cols, data, last_use: None })
+        Ok(Tensor { rows, cols, wide: elements == Compute::F32, data, last_use: None })
     }
 
-    pub(super) fn constant(cuda: &Cuda, values: &[f32], cols: usize) -> Result<Tensor> {
-        let mut tensor = Tensor::zeros(cuda, values.len() / cols.max(1), cols)?;
-        match cuda.compute {
+    /// f32 values, stored as such elements.
+    pub(super) fn constant(cuda: &Cuda, values: &[f32], cols: usize, elements: Compute) -> Result<Tensor> {
+        let mut tensor = Tensor::zeros_of(cuda, values.len() / cols.max(1), cols, elements)?;
+        match elements {
             Compute::F32 => tensor.upload(cuda, bytemuck::cast_slice(values))?,
             Compute::Bf16 => {
                 let values: Vec<bf16> = values.iter().map(|&x| bf16::from_f32(x)).collect();
@@ -110,7 +117,7 @@ impl Tensor {
         unsafe { lane.upload(bytes, read, data.device_ptr(&lane.stream).0) }.map_err(failed)??;
         let event = lane.stream.record_event(None).map_err(failed)?;
         let last_use = Some(LastUse { event, freed_on: lane.stream.clone() });
-        Ok(Tensor { rows, cols, data, last_use })
+        Ok(Tensor { rows, cols, wide: cuda.compute == Compute::F32, data, last_use })
     }
 
     /// The address, for an operation on the forward pass's stream.
@@ -131,9 +138,9 @@ impl Tensor {
         }
     }
 
-    pub(super) fn set_rows(&mut self, cuda: &Cuda, rows: usize) {
+    pub(super) fn set_rows(&mut self, rows: usize) {
         self.rows = rows;
-        assert!(self.bytes(cuda) <= self.data.len(), "an activation has no more rows than it was made with");
+        assert!(self.bytes() <= self.data.len(), "an activation has no more rows than it was made with");
     }
 
     /// Rows and columns in use.
@@ -141,12 +148,13 @@ impl Tensor {
         (self.rows, self.cols)
     }
 
-    fn bytes(&self, cuda: &Cuda) -> usize {
-        self.rows * self.cols * cuda.compute.bytes()
+    fn bytes(&self) -> usize {
+        let element = if self.wide { Compute::F32 } else { Compute::Bf16 };
+        self.rows * self.cols * element.bytes()
     }
 
     pub(super) fn upload(&mut self, cuda: &Cuda, bytes: &[u8]) -> Result<()> {
-        let expected = self.bytes(cuda);
+        let expected = self.bytes();
         if bytes.len() != expected {
             return Err(Error::run(format!("a matrix of {} bytes where {expected} belong", bytes.len())));
         }
@@ -160,7 +168,7 @@ impl Tensor {
     }
 
     pub(super) fn copy_from(&mut self, cuda: &Cuda, from: &Tensor) -> Result<()> {
-        let (bytes, room) = (from.bytes(cuda), self.bytes(cuda));
+        let (bytes, room) = (from.bytes(), self.bytes());
         if bytes != room {
             return Err(Error::run(format!("a matrix of {bytes} bytes where {room} belong")));
         }
@@ -174,7 +182,7 @@ impl Tensor {
     }
 
     pub(super) fn download(&self, cuda: &Cuda, moment: &CudaEvent, bytes: &mut Vec<u8>) -> Result<()> {
-        bytes.resize(self.bytes(cuda), 0);
+        bytes.resize(self.bytes(), 0);
         let failed = |e| cuda.failed("copy from the card", e);
         cuda.departures.stream.wait(moment).map_err(failed)?;
         // Without cudarc's own waiting, which would be for the last use, not for `moment`.
