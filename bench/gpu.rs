@@ -16,11 +16,12 @@ use std::time::Instant;
 
 use cudarc::driver::CudaContext;
 use distq::backend::cuda::{Cuda, Tensor, available};
-use distq::backend::{Activation, AttentionShape, Backend, Compute, Heads, NormKind, Rotation};
+use distq::backend::{Activation, AttentionShape, Backend, Compute, NormKind, Rotation};
 use distq::calibration::micro_batches;
 use distq::checkpoint::Checkpoint;
 use distq::error::Result;
-use distq::model::{Decoder, LayerWeights, ModelConfig, Site};
+use distq::forward::{Decoder, LayerWeights, Tables};
+use distq::model::Model;
 use distq::nvfp4::GlobalScale;
 
 const RUNS: usize = 5;
@@ -72,7 +73,8 @@ fn copy_rate() -> f64 {
 
 fn measure(dir: &Path, tokens: usize) -> Result<()> {
     let checkpoint = Checkpoint::open(dir)?;
-    let model = ModelConfig::parse(&checkpoint.config)?;
+    let model = Model::of(&checkpoint)?;
+    let spec = &model.layers[0];
     let cuda = Cuda::new(Compute::Bf16, 0)?;
     let copies = copy_rate();
     println!("{}: a copy moves {:.2} TB/s (read and written)\n", cuda.name(), copies / 1e12);
@@ -81,9 +83,9 @@ fn measure(dir: &Path, tokens: usize) -> Result<()> {
     let source = |name: &str| checkpoint.tensor(name);
     let (mut weights, mut loading) = (None, vec![]);
     for round in 0..2 {
-        for layer in 0..model.layers.min(3) {
+        for layer in model.layers.iter().take(3) {
             let started = Instant::now();
-            weights = Some(LayerWeights::load(&cuda, &model, layer, &source)?);
+            weights = Some(LayerWeights::load(&cuda, layer, &source)?);
             if round > 0 {
                 loading.push(started.elapsed().as_secs_f64());
             }
@@ -100,27 +102,28 @@ fn measure(dir: &Path, tokens: usize) -> Result<()> {
         lengths.push((150 + (seed >> 33) as usize % 1051).min(tokens - sum));
         sum += lengths.last().expect("just pushed");
     }
-    let table = model.rope.table(&lengths);
-    let decoder = Decoder::new(&cuda, &model, &table)?;
+    let tables = Tables::new(&model, &lengths);
+    let decoder = Decoder::new(&cuda, &model, &tables)?;
     let batches = micro_batches(&lengths, 8192);
     let batches = batches
         .iter()
-        .map(|b| decoder.batch(&table, b.samples.start, &lengths[b.samples.clone()]))
+        .map(|b| decoder.batch(&tables, b.samples.start, &lengths[b.samples.clone()]))
         .collect::<Result<Vec<_>>>()?;
     let most = batches.iter().map(|batch| batch.tokens).max().unwrap_or(0);
     let mut work = decoder.workspace(most)?;
     let tick = cuda.activation(1, 1)?;
-    let mut amax = cuda.amax(Site::ALL.len())?;
-    let (h, i, q, kv) =
-        (model.hidden, model.intermediate, model.heads * model.head_dim, model.kv_heads * model.head_dim);
+    let mut amax = cuda.amax(spec.sites.len())?;
+    let attention = &spec.attention().next().expect("the first layer has attention").form;
+    let (h, q, kv) = (model.hidden, attention.queries(), attention.keys());
+    let i = spec.sites.last().map_or(h, |site| site.features);
     let values = |n: usize| -> Vec<f32> { (0..n).map(|i| (i * 7919 % 2001) as f32 / 1000.0 - 1.0).collect() };
     let random = |rows: usize, cols: usize| -> Result<Tensor> { cuda.constant(&values(rows * cols), cols) };
     let mut states = batches.iter().map(|b| random(b.tokens, h)).collect::<Result<Vec<_>>>()?;
 
     let forward = seconds(&cuda, &tick, || {
         for (batch, state) in batches.iter().zip(&mut states) {
-            let mut observe = |site: Site, x: &mut Tensor| cuda.observe(x, &mut amax, site as usize);
-            decoder.layer(&weights, batch, &mut work, state, &mut observe)?;
+            let mut observe = |site: usize, x: &mut Tensor| cuda.observe(x, &mut amax, site);
+            decoder.layer(spec, &weights, batch, &mut work, state, &mut observe)?;
         }
         Ok(())
     })?;
@@ -129,21 +132,19 @@ fn measure(dir: &Path, tokens: usize) -> Result<()> {
     // Every operation on the largest micro-batch, scaled to all tokens.
     let t = most;
     let share = tokens as f64 / t as f64;
-    let (narrow, mut wide, mut wide2) = (random(t, h)?, random(t, i)?, random(t, i)?);
+    let (narrow, mut wide, wide2) = (random(t, h)?, random(t, i)?, random(t, i)?);
     let (mut x, mut out_q, mut out_kv) = (random(t, h)?, random(t, q)?, random(t, kv)?);
     let (k, v) = (random(t, kv)?, random(t, kv)?);
     let norm = random(1, h)?;
-    let [qkv, o, gate_up, down] = &weights.linears;
+    let mut outputs = spec.linears.iter().map(|l| random(t, l.rows)).collect::<Result<Vec<_>>>()?;
+    let inputs = spec.linears.iter().map(|l| random(t, l.cols)).collect::<Result<Vec<_>>>()?;
     let products = seconds(&cuda, &tick, || {
-        cuda.linear(&narrow, &qkv[0].weight, None, &mut out_q)?;
-        cuda.linear(&narrow, &qkv[1].weight, None, &mut out_kv)?;
-        cuda.linear(&narrow, &qkv[2].weight, None, &mut out_kv)?;
-        cuda.linear(&out_q, &o[0].weight, None, &mut x)?;
-        cuda.linear(&narrow, &gate_up[0].weight, None, &mut wide)?;
-        cuda.linear(&narrow, &gate_up[1].weight, None, &mut wide2)?;
-        cuda.linear(&wide, &down[0].weight, None, &mut x)
+        let linears = weights.linears.iter().zip(&inputs).zip(&mut outputs);
+        linears.into_iter().try_for_each(|((l, x), out)| cuda.linear(x, &l.weight, None, out))
     })? * share;
-    let weights_in_layer = (h * (q + 2 * kv) + q * h + 3 * h * i) as f64;
+    drop((inputs, outputs));
+    let down = weights.linears.last().expect("a layer has linears");
+    let weights_in_layer = spec.weights() as f64;
     let flops = 2.0 * weights_in_layer * tokens as f64;
 
     println!("a layer over {tokens} tokens, in ms:\n");
@@ -166,7 +167,7 @@ fn measure(dir: &Path, tokens: usize) -> Result<()> {
             rate / copies
         );
     };
-    let (llama, rotation) = (NormKind::llama(1e-5), Rotation::llama(model.head_dim));
+    let (llama, rotation) = (NormKind::llama(1e-5), Rotation::llama(attention.heads.dim));
     let time = |work: &mut dyn FnMut() -> Result<()>| seconds(&cuda, &tick, work);
     row(
         "rms_norm, twice",
@@ -182,7 +183,7 @@ fn measure(dir: &Path, tokens: usize) -> Result<()> {
         })?
     });
     let rows = cuda.index(&(0..t as u32).map(|row| row % 1200).collect::<Vec<_>>())?;
-    let cos = random(1200, model.head_dim / 2)?;
+    let cos = random(1200, attention.heads.dim / 2)?;
     row("rope on q and k", 2 * 2 * t * (q + kv), {
         time(&mut || {
             cuda.rope(&mut out_q, &rotation, &cos, &cos, &rows)?;
@@ -193,12 +194,12 @@ fn measure(dir: &Path, tokens: usize) -> Result<()> {
     row("add, twice", 2 * 3 * 2 * t * h, time(&mut || cuda.add(&mut x, &narrow))? * 2.0);
 
     let mut out = random(t, q)?;
-    let heads = Heads { heads: model.heads, kv_heads: model.kv_heads, dim: model.head_dim };
+    let heads = attention.heads;
     let mut attend = |length: usize| -> Result<()> {
         let mut bounds: Vec<u32> = (0..t.div_ceil(length)).map(|i| (i * length) as u32).collect();
         bounds.push(t as u32);
         let bounds = cuda.index(&bounds)?;
-        let scale = (model.head_dim as f32).powf(-0.5);
+        let scale = (heads.dim as f32).powf(-0.5);
         let how = AttentionShape { heads, scale, window: None, softcap: None };
         let taken = time(&mut || cuda.attention(&out_q, &k, &v, &bounds, &how, None, &mut out))? * share;
         // Half of a square of scores, a product with the keys and one with the values.
@@ -223,9 +224,9 @@ fn measure(dir: &Path, tokens: usize) -> Result<()> {
         println!("| {name} | {:.2} GB | {:.1} | {:.1} GB/s |", bytes / 1e9, time * 1e3, bytes / time / 1e9);
     };
     line("loading from the page cache", 2.0 * weights_in_layer, load);
-    let maximum = time(&mut || cuda.weight_amax(&down[0].weight).map(|_| ()))?;
+    let maximum = time(&mut || cuda.weight_amax(&down.weight).map(|_| ()))?;
     line("maximum of down's weights", (2 * h * i) as f64, maximum);
-    let quantize = time(&mut || cuda.quantize(&down[0].weight, scale, &mut codes, &mut scales))?;
+    let quantize = time(&mut || cuda.quantize(&down.weight, scale, &mut codes, &mut scales))?;
     line("quantizing down, and its codes back to the host", (2 * h * i) as f64, quantize);
     println!(
         "\nforward pass with observers: {:.1} ms; matrix products alone {:.1} ms: {:.0} % of what cuBLAS reaches",

@@ -11,6 +11,7 @@ pub mod cluster;
 pub mod confined;
 pub mod error;
 pub mod evaluation;
+pub mod forward;
 pub mod last_words;
 pub mod methods;
 pub mod model;

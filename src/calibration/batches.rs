@@ -28,9 +28,25 @@ pub fn micro_batches(lengths: &[usize], target: usize) -> Vec<MicroBatch> {
     batches
 }
 
+/// Pairs of a token and one that it sees, itself included, in documents of these lengths, where a token sees at most
+/// `window` tokens.
+pub fn pairs(window: Option<usize>, lengths: &[usize]) -> u64 {
+    let seen = |length: usize| {
+        let window = window.unwrap_or(length).min(length);
+        window * (window + 1) / 2 + (length - window) * window
+    };
+    lengths.iter().map(|&length| seen(length) as u64).sum()
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_window_bounds_what_a_token_sees() {
+        assert_eq!(pairs(None, &[1, 4]), 1 + 10);
+        assert_eq!(pairs(Some(2), &[1, 4]), 1 + 7);
+    }
 
     #[test]
     fn documents_are_packed_in_order_up_to_the_target() {

@@ -14,7 +14,7 @@ mod tokenize;
 mod tokenizer;
 mod windows;
 
-pub use batches::{MicroBatch, micro_batches};
+pub use batches::{MicroBatch, micro_batches, pairs};
 pub use documents::Source;
 pub use sampling::Sampling;
 pub use select::{CalibOptions, Calibration, Summary};

@@ -3,7 +3,7 @@
 use distq::calibration::Calibration;
 use distq::cluster::Cluster;
 use distq::error::Result;
-use distq::model::ModelConfig;
+use distq::model::Model;
 use distq::pipeline::{foresee, survey};
 use distq::planner::AssumedMachine;
 use distq::units::parse_link;
@@ -35,7 +35,7 @@ pub struct Args {
 pub fn run(args: &Args, cluster: &Cluster) -> Result<()> {
     let options = args.plan.options(cluster);
     let calib = cluster.agree(args.calib.options())?;
-    let lengths = |model: &ModelConfig| match options.calibrates() {
+    let lengths = |model: &Model| match options.calibrates() {
         true => {
             let data = Calibration::load(&calib, &options.model, model.vocab)?;
             data.summary.warnings.iter().for_each(|warning| tracing::warn!("{warning}"));

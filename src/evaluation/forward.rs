@@ -9,7 +9,7 @@ use super::weights::Weights;
 use super::{Backend, MicroBatch, OnBackend, Solver};
 use crate::cluster::{Cluster, Frame, Tag, ToMain};
 use crate::error::{Error, Result};
-use crate::model::{Batch, Decoder, LayerWeights, Site};
+use crate::forward::{Batch, Decoder, LayerWeights, Tables};
 use crate::nvfp4::GlobalScale;
 use crate::report::Steps;
 
@@ -62,10 +62,10 @@ impl OnBackend for Forward<'_> {
     fn run<B: Solver>(self, backend: &B) -> Self::Output {
         let Forward { cluster, weights, text, room, steps } = self;
         let (rank, ranks) = (cluster.rank(), cluster.size());
-        let slice = slice(cluster, weights.model.layers);
+        let slice = slice(cluster, weights.model.layers.len());
         let groups = if ranks == 1 { 1 } else { ranks * GROUPS };
         let group = text.batches.len().div_ceil(groups).max(1);
-        let resident = ranks > 1 && weights.layer_bytes() * slice.len() as u64 <= room;
+        let resident = ranks > 1 && weights.layers_bytes(slice.clone()) <= room;
         cluster.work(
             |out, incoming| {
                 let walk = Walk {
@@ -105,23 +105,23 @@ struct Walk<'a, B: Backend> {
 }
 
 /// What a site's inputs are quantized with.
-type InputScales = [Option<GlobalScale>; 4];
+type InputScales = Vec<Option<GlobalScale>>;
 
 impl<B: Backend> Walk<'_, B> {
     fn run(self) -> Result<BTreeMap<usize, Vec<u8>>> {
         let (weights, text) = (self.weights, self.text);
         let lengths = vec![text.window; text.ids.len() / text.window];
-        let table = weights.model.rope.table(&lengths);
-        let decoder = Decoder::new(self.backend, &weights.model, &table)?;
+        let tables = Tables::new(&weights.model, &lengths);
+        let decoder = Decoder::new(self.backend, &weights.model, &tables)?;
         let batches: Vec<Batch<B>> = text
             .batches
             .iter()
-            .map(|mb| decoder.batch(&table, mb.samples.start, &lengths[mb.samples.clone()]))
+            .map(|mb| decoder.batch(&tables, mb.samples.start, &lengths[mb.samples.clone()]))
             .collect::<Result<_>>()?;
         let most = batches.iter().map(|batch| batch.tokens).max().unwrap_or(0);
         let mut work = decoder.workspace(most)?;
         let embedding = match self.slice.start {
-            0 => Some(self.backend.load(&weights.tensor(&weights.model.embedding().name)?)?),
+            0 => Some(self.backend.load(&weights.tensor(&weights.model.embedding.name)?)?),
             _ => None,
         };
         let mut kept = BTreeMap::new();
@@ -130,19 +130,30 @@ impl<B: Backend> Walk<'_, B> {
             let first = number * self.group;
             let mut states = Vec::new();
             for (i, batch) in batches.iter().enumerate() {
-                states.push(self.incoming(first + i, batch.tokens, embedding.as_ref())?);
+                let mut state = self.incoming(first + i, batch.tokens, embedding.as_ref())?;
+                if embedding.is_some() {
+                    decoder.embedded(&mut state)?;
+                }
+                states.push(state);
             }
             for layer in self.slice.clone() {
                 let (loaded, scales) = match layers.remove(&layer) {
                     Some(kept) => kept,
                     None => self.load(layer)?,
                 };
-                let mut quantize = |site: Site, x: &mut B::Tensor| match scales[site as usize] {
+                let mut quantize = |site: usize, x: &mut B::Tensor| match scales[site] {
                     Some(scale) => self.backend.quantize_input(x, scale),
                     None => Ok(()),
                 };
                 for (batch, state) in batches.iter().zip(&mut states) {
-                    decoder.layer(&loaded, batch, &mut work, state, &mut quantize)?;
+                    decoder.layer(
+                        &weights.model.layers[layer],
+                        &loaded,
+                        batch,
+                        &mut work,
+                        state,
+                        &mut quantize,
+                    )?;
                     self.steps.step();
                 }
                 if self.resident {
@@ -164,11 +175,10 @@ impl<B: Backend> Walk<'_, B> {
 
     fn load(&self, layer: usize) -> Result<(LayerWeights<B::Tensor>, InputScales)> {
         let weights = self.weights;
-        let loaded = LayerWeights::load(self.backend, &weights.model, layer, &|name| weights.tensor(name))?;
-        let mut scales = [None; 4];
-        for site in Site::ALL {
-            scales[site as usize] = weights.input_scale(layer, site)?;
-        }
+        let loaded =
+            LayerWeights::load(self.backend, &weights.model.layers[layer], &|name| weights.tensor(name))?;
+        let sites = 0..weights.model.layers[layer].sites.len();
+        let scales = sites.map(|site| weights.input_scale(layer, site)).collect::<Result<_>>()?;
         Ok((loaded, scales))
     }
 

@@ -7,9 +7,10 @@ use rayon::prelude::*;
 use super::forward::Text;
 use super::weights::Weights;
 use super::{OnBackend, Solver};
-use crate::backend::NormKind;
 use crate::backend::cpu::exp;
 use crate::error::{Error, Result};
+use crate::forward::finish_logits;
+use crate::model::TensorSpec;
 use crate::report::Scores;
 use crate::simd::wide;
 
@@ -31,7 +32,10 @@ impl<T, F: FnOnce(Logits<'_>) -> Result<T>> OnBackend for Head<'_, F> {
 
     fn run<B: Solver>(self, backend: &B) -> Result<T> {
         let model = &self.weights.model;
-        let norm = backend.load(&self.weights.tensor("model.norm.weight")?)?;
+        let load = |spec: &Option<TensorSpec>| -> Result<Option<B::Tensor>> {
+            spec.as_ref().map(|spec| backend.load(&self.weights.tensor(&spec.name)?)).transpose()
+        };
+        let (weight, bias) = (load(&model.norm.weight)?, load(&model.norm.bias)?);
         let lm_head = backend.load(&self.weights.lm_head()?)?;
         (self.then)(&|batch| {
             let hidden = &self.hidden[&batch];
@@ -39,10 +43,10 @@ impl<T, F: FnOnce(Logits<'_>) -> Result<T>> OnBackend for Head<'_, F> {
             let mut x = backend.activation(tokens, model.hidden)?;
             backend.upload(hidden, &mut x)?;
             let mut normed = backend.activation(tokens, model.hidden)?;
-            let kind = NormKind::llama(model.norm_eps);
-            backend.norm(&x, &kind, Some(&norm), None, &mut normed)?;
+            backend.norm(&x, &model.norm.kind, weight.as_ref(), bias.as_ref(), &mut normed)?;
             let mut logits = backend.activation(tokens, model.vocab)?;
             backend.linear(&normed, &lm_head, None, &mut logits)?;
+            finish_logits(backend, &model.logits, &mut logits)?;
             backend.values(&logits)
         })
     }

@@ -69,7 +69,8 @@ pub fn evaluate(cluster: &Cluster, options: &Options) -> Result<Evaluation> {
     let free = device.memory().map_or(machine.memory, |(free, _)| free);
     // Each layer over each micro-batch, and the scoring of this rank's.
     let scored = (0..text.batches.len()).filter(|batch| batch % cluster.size() == cluster.rank()).count();
-    let passes = |weights: &Weights| slice(cluster, weights.model.layers).len() * text.batches.len() + scored;
+    let passes =
+        |weights: &Weights| slice(cluster, weights.model.layers.len()).len() * text.batches.len() + scored;
     let steps = all.iter().map(passes).sum::<usize>();
     let steps = Steps::beside_result(steps as u64, "passes", options.quiet || !cluster.is_root());
     let judge = Judge { device: &device, text: &text, room: free / 2, steps: &steps };
@@ -125,7 +126,7 @@ fn distinct(cluster: &Cluster, options: &Options) -> Result<Vec<PathBuf>> {
 fn open_all(paths: &[PathBuf], compute: Compute, ranks: usize) -> Result<Vec<Weights>> {
     let open = |path: &PathBuf| {
         let weights = Weights::open(path, compute)?;
-        let layers = weights.model.layers;
+        let layers = weights.model.layers.len();
         if ranks > layers {
             return Err(Error::plan(format!("{ranks} ranks for {layers} layers"))
                 .file(path)

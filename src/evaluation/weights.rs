@@ -13,14 +13,14 @@ use crate::checkpoint::{
     Checkpoint, Declared, FLOATS, Layout, LinearScheme, SourceTensor, declared_layout, narrow, widen,
 };
 use crate::error::{Error, Result};
-use crate::model::{Group, LinearSpec, ModelConfig, Site, TensorSpec, is_dispensable};
+use crate::model::{Group, Layer, LinearSpec, Model, TensorSpec, is_dispensable};
 use crate::nvfp4::{BLOCK, GlobalScale, dequantize};
 
 /// A checkpoint to evaluate, every tensor of which has the dtype and the shape that its configuration says.
 pub struct Weights {
     checkpoint: Checkpoint,
     /// The model.
-    pub model: ModelConfig,
+    pub model: Model,
     /// The dtype of activations.
     pub compute: Compute,
     layout: Layout,
@@ -41,7 +41,7 @@ impl Weights {
     /// than the configuration says.
     pub fn open(dir: &Path, compute: Compute) -> Result<Weights> {
         let checkpoint = Checkpoint::open(dir)?;
-        let model = ModelConfig::of(&checkpoint)?;
+        let model = Model::of(&checkpoint)?;
         check_unquantized(&checkpoint, &model)?;
         let (config, said) = quantization(&checkpoint);
         let mut notes = [checkpoint.notes.clone(), model.oddities(&checkpoint)?, said].concat();
@@ -56,9 +56,7 @@ impl Weights {
                     .file(checkpoint.dir.join("config.json"))
                     .fix("evaluate BF16, F16, F32 or NVFP4 checkpoints")
                 })?;
-                let groups = (0..model.layers).flat_map(|layer| model.groups(layer));
-                let linears: Vec<String> =
-                    groups.flat_map(|group| group.members).map(|linear| linear.name).collect();
+                let linears: Vec<String> = model.linears().map(|linear| linear.name.clone()).collect();
                 let declared = Declared::of(Some(layout), &config, &linears);
                 if let Some(fault) = declared.faults.first() {
                     return Err(Error::input(format!("quantization_config: {fault}"))
@@ -83,7 +81,7 @@ impl Weights {
     }
 
     fn check_linears(&self) -> Result<()> {
-        for group in (0..self.model.layers).flat_map(|layer| self.model.groups(layer)) {
+        for group in self.model.layers.iter().flat_map(Layer::groups) {
             group.members.iter().try_for_each(|linear| self.check_linear(linear))?;
             self.check_group(&group)?;
         }
@@ -93,16 +91,12 @@ impl Weights {
     /// A tensor that the forward pass does not know would be left out without a word, and with it a part of the model.
     fn check_nothing_else(&self) -> Result<()> {
         let model = &self.model;
-        let mut known: HashSet<String> = model.tail_tensors().into_iter().map(|spec| spec.name).collect();
-        known.insert(model.embedding().name);
-        for layer in 0..model.layers {
-            known.extend(model.layer_tensors(layer).into_iter().map(|spec| spec.name));
-            for linear in model.groups(layer).into_iter().flat_map(|group| group.members) {
-                let names = self.layout.linear_names(&linear.name);
-                if let LinearScheme::Nvfp4 { activations } = self.declared.of_module(&linear.name) {
-                    known.extend([names.codes, names.scales, names.weight_global]);
-                    known.extend(activations.then_some(names.input_global));
-                }
+        let mut known: HashSet<String> = model.tensors().map(|spec| spec.name).collect();
+        for linear in model.linears() {
+            let names = self.layout.linear_names(&linear.name);
+            if let LinearScheme::Nvfp4 { activations } = self.declared.of_module(&linear.name) {
+                known.extend([names.codes, names.scales, names.weight_global]);
+                known.extend(activations.then_some(names.input_global));
             }
         }
         // Scales of a quantized KV cache have no part in the forward pass.
@@ -110,6 +104,7 @@ impl Weights {
         let beyond = |name: &&String| {
             !known.contains(*name)
                 && !is_dispensable(model, name)
+                && !model.is_carried(name)
                 && !unused.iter().any(|end| name.ends_with(end))
         };
         match self.checkpoint.tensors.keys().find(beyond) {
@@ -172,10 +167,11 @@ impl Weights {
         Ok(())
     }
 
-    /// Bytes of a layer's weights as they are computed with.
-    pub fn layer_bytes(&self) -> u64 {
-        let elements = |spec: &TensorSpec| spec.shape.iter().product::<usize>();
-        (self.model.layer_tensors(0).iter().map(elements).sum::<usize>() * self.compute.bytes()) as u64
+    /// Bytes of the weights of some layers as they are computed with.
+    pub fn layers_bytes(&self, layers: std::ops::Range<usize>) -> u64 {
+        let tensors = self.model.layers[layers].iter().flat_map(Layer::tensors);
+        let elements = tensors.map(|spec| spec.shape.iter().product::<usize>()).sum::<usize>();
+        (elements * self.compute.bytes()) as u64
     }
 
     /// A tensor as the forward pass wants it: rounded to BF16 where that is what is computed in, exact in F32.
@@ -228,14 +224,13 @@ impl Weights {
     ///
     /// # Errors
     /// Exit code 5 where it can't be read.
-    pub fn input_scale(&self, layer: usize, site: Site) -> Result<Option<GlobalScale>> {
-        let first = &self.model.groups(layer)[site as usize].members[0].name;
-        match self.declared.of_module(first) {
-            LinearScheme::Nvfp4 { activations: true } => {
-                self.global(&self.layout.linear_names(first).input_global).map(Some)
-            }
-            _ => Ok(None),
-        }
+    pub fn input_scale(&self, layer: usize, site: usize) -> Result<Option<GlobalScale>> {
+        let group = &self.model.layers[layer].groups()[site];
+        let quantized = |linear: &&LinearSpec| {
+            self.declared.of_module(&linear.name) == LinearScheme::Nvfp4 { activations: true }
+        };
+        let first = group.members.iter().find(quantized);
+        first.map(|linear| self.global(&self.layout.linear_names(&linear.name).input_global)).transpose()
     }
 
     /// A global scale: one positive F32.
@@ -258,10 +253,10 @@ impl Weights {
 
     /// The matrix that turns hidden states into logits.
     pub fn lm_head(&self) -> Result<SourceTensor> {
-        if self.model.tie_embeddings {
-            return self.tensor(&self.model.embedding().name);
+        match self.model.own_head() {
+            None => self.tensor(&self.model.embedding.name),
+            Some(head) => self.tensor(&head.name),
         }
-        self.tensor("lm_head.weight")
     }
 
     /// The command that says more.
@@ -272,9 +267,9 @@ impl Weights {
 
 /// Embedding, norms and lm_head. Each layer's are looked up before anything is made by the number of layers, so that
 /// memory is taken by the sizes in config.json only where the tensors have them.
-fn check_unquantized(checkpoint: &Checkpoint, model: &ModelConfig) -> Result<()> {
-    let norms = (0..model.layers).flat_map(|layer| model.layer_norms(layer));
-    for spec in [model.embedding()].into_iter().chain(norms).chain(model.tail_tensors()) {
+fn check_unquantized(checkpoint: &Checkpoint, model: &Model) -> Result<()> {
+    let plain = model.layers.iter().flat_map(Layer::plain_tensors);
+    for spec in std::iter::once(model.embedding.clone()).chain(plain).chain(model.tail_tensors()) {
         model.stored(checkpoint, &spec)?;
     }
     Ok(())
@@ -338,7 +333,7 @@ mod tests {
             let (wide, narrowed) = (Compute::F32, Compute::Bf16);
             let [wide, narrowed] = [wide, narrowed].map(|compute| {
                 let weights = Weights::open(&repository(dir), compute).unwrap();
-                assert!(weights.input_scale(1, Site::Down).unwrap().is_some());
+                assert!(weights.input_scale(1, 3).unwrap().is_some());
                 assert!(weights.notes[0].contains("KV cache"));
                 weights.tensor(&format!("{module}.weight")).unwrap()
             });

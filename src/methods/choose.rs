@@ -8,7 +8,6 @@ use super::layer::{Folds, Layer, QuantizedGroup, QuantizedMember, Verdict};
 use super::{Codes, Method, SiteStatistics, hessian};
 use crate::backend::Solver;
 use crate::error::Result;
-use crate::model::Site;
 use crate::nvfp4::{BLOCK, GlobalScale};
 
 /// Damping where there are sixteen tokens for each channel, and where there are fewer.
@@ -31,7 +30,7 @@ impl<S: Solver> Layer<'_, S> {
     /// Folds and quantizes the members of a site. `room` asks for headroom.
     pub(super) fn group(
         &self,
-        site: Site,
+        site: usize,
         method: Method,
         folds: &Folds,
         room: bool,
@@ -65,7 +64,9 @@ impl<S: Solver> Layer<'_, S> {
         };
         let mut quantized = Vec::new();
         for (i, w) in members.iter().enumerate() {
-            let back = folds.rows(site, i).map(|rows| rows.iter().map(|f| 1.0 / f).collect());
+            let number = self.quantized[site][i];
+            let rows = folds.rows(number, self.spec.linears[number].rows);
+            let back = rows.map(|rows| rows.iter().map(|f| 1.0 / f).collect());
             let kept = group.choose(Linear { w, outputs: &outputs[i], back, plain: plain[i] })?;
             quantized.push(kept.read(solver, solver.largest(w)?, plain[i])?);
         }
@@ -95,7 +96,7 @@ impl<S: Solver> Layer<'_, S> {
     /// Whether no member's outputs are worse under max scales with the folds than without.
     pub(super) fn wins(
         &self,
-        site: Site,
+        site: usize,
         members: &[S::Matrix],
         folds: &Folds,
         statistics: &SiteStatistics<S::Matrix>,

@@ -2,54 +2,68 @@
 
 use super::smoothing::{Choice, Smoothing};
 use super::{Method, SiteStatistics};
-use crate::backend::Solver;
+use crate::backend::{Gamma, Solver};
 use crate::error::Result;
-use crate::model::Site;
+use crate::model::Producer;
 use crate::nvfp4::{GlobalScale, QuantizedLinear};
 
-/// The members of a site's fused group, each `[rows, cols]` in f32, read when they are needed.
-pub type Weights<'a, M> = &'a dyn Fn(Site) -> Result<Vec<M>>;
+/// The linears of a site that are quantized, each `[rows, cols]` in f32, read when they are needed.
+pub type Weights<'a, M> = &'a dyn Fn(usize) -> Result<Vec<M>>;
 
 /// A layer, as far as methods need it.
 pub struct Layer<'a, S: Solver> {
     /// Where arithmetic happens.
     pub solver: &'a S,
-    /// Which sites are quantized.
-    pub quantized: [bool; 4],
+    /// What the layer is made of.
+    pub spec: &'a crate::model::Layer,
+    /// The numbers of the linears that are quantized, by site.
+    pub quantized: &'a [Vec<usize>],
     /// The weights.
     pub weights: Weights<'a, S::Matrix>,
-    /// The two norms: before attention and before the MLP.
-    pub norms: [Vec<f32>; 2],
-    /// Rounds to what the stored norms can hold.
-    pub round_norm: &'a dyn Fn(f32) -> f32,
-    /// Whether the bias of a row, of v for [`Site::O`] and of up for [`Site::Down`], can hold a factor, if there is one.
-    pub bias_holds: &'a dyn Fn(Site, usize, f32) -> bool,
-    /// Query heads that share a key and value head, and features of a head.
-    pub heads: (usize, usize),
+    /// The stored weights of the norms that produce inputs, by the norms' numbers; none of those without a weight.
+    pub norms: Vec<Option<Vec<f32>>>,
+    /// Rounds to what the norm with this number can store.
+    pub round_norm: &'a dyn Fn(usize, f32) -> f32,
+    /// Whether the bias of a row of a linear can hold a factor, if there is one: the linear's number, the row, the
+    /// factor.
+    pub bias_holds: &'a dyn Fn(usize, usize, f32) -> bool,
     /// Tokens behind the products.
     pub tokens: usize,
     /// Whether inputs are quantized when served.
     pub quantized_inputs: bool,
 }
 
+/// The fold of one site's input, and what it makes of what produces the input.
+#[derive(Clone, Debug, PartialEq)]
+struct Fold {
+    smoothing: Smoothing,
+    /// Whether it was chosen and then given up, because it lost on the rows that judge.
+    given_up: bool,
+    change: Change,
+}
+
+/// What a fold changes besides the weights that read the input.
+#[derive(Clone, Debug, PartialEq)]
+enum Change {
+    /// Nothing: the factors are ones.
+    Nothing,
+    /// The stored weights of the norm that produces the input, and the factors of its bias.
+    Norm { number: usize, weights: Vec<f32>, factors: Vec<f32> },
+    /// Rows of a linear, and of its bias, are multiplied by these factors.
+    Rows { linear: usize, first: usize, factors: Vec<f32> },
+}
+
 /// The folds of a layer, and what they make of its other tensors.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct Folds {
-    smoothings: [Option<Smoothing>; 4],
-    /// Folds that were chosen and then given up, because they lost on the rows that judge.
-    given_up: [bool; 4],
-    /// The norms' new weights, where a fold goes into them.
-    pub norms: [Option<Vec<f32>>; 2],
-    /// The factor of each row of v, and of its bias.
-    pub v: Option<Vec<f32>>,
-    /// The factor of each row of up, and of its bias.
-    pub up: Option<Vec<f32>>,
+    /// By site; none where no fold was looked for.
+    sites: Vec<Option<Fold>>,
 }
 
-/// What was chosen for one fused group.
+/// What was chosen for the linears of one site.
 pub struct QuantizedGroup {
-    /// Where.
-    pub site: Site,
+    /// The number of the site.
+    pub site: usize,
     /// The members' common scale.
     pub global: GlobalScale,
     /// `max |x|` of the input after folding.
@@ -93,40 +107,56 @@ pub struct Verdict {
 }
 
 impl Folds {
+    fn fold(&self, site: usize) -> Option<&Fold> {
+        self.sites.get(site)?.as_ref()
+    }
+
     /// Whether the input of `site` is folded.
-    fn has(&self, site: Site) -> bool {
-        self.smoothings[site as usize].as_ref().is_some_and(|smoothing| smoothing.candidate != "none")
+    pub fn has(&self, site: usize) -> bool {
+        self.fold(site).is_some_and(|fold| fold.change != Change::Nothing)
     }
 
     /// Leaves the input of `site` as it is, and what produces it.
-    fn give_up(&mut self, site: Site) {
-        let smoothing = &mut self.smoothings[site as usize];
-        *smoothing = smoothing.take().map(|smoothing| Smoothing::none(smoothing.factors.len()));
-        match site {
-            Site::Qkv | Site::GateUp => self.norms[(site == Site::GateUp) as usize] = None,
-            Site::O => self.v = None,
-            Site::Down => self.up = None,
+    fn give_up(&mut self, site: usize) {
+        if let Some(fold) = &mut self.sites[site] {
+            let smoothing = Smoothing::none(fold.smoothing.factors.len());
+            *fold = Fold { smoothing, given_up: true, change: Change::Nothing };
         }
-        self.given_up[site as usize] = true;
     }
 
     /// The fold of a site's input.
-    pub(super) fn smoothing(&self, site: Site) -> Option<&Smoothing> {
-        self.smoothings[site as usize].as_ref()
+    pub(super) fn smoothing(&self, site: usize) -> Option<&Smoothing> {
+        self.fold(site).map(|fold| &fold.smoothing)
     }
 
     /// Whether the fold of a site's input was chosen and then given up.
-    pub(super) fn gave_up(&self, site: Site) -> bool {
-        self.given_up[site as usize]
+    pub(super) fn gave_up(&self, site: usize) -> bool {
+        self.fold(site).is_some_and(|fold| fold.given_up)
     }
 
-    /// The factors of the rows of a site's member.
-    pub(super) fn rows(&self, site: Site, member: usize) -> Option<&[f32]> {
-        match (site, member) {
-            (Site::Qkv, 2) => self.v.as_deref(),
-            (Site::GateUp, 1) => self.up.as_deref(),
-            _ => None,
+    /// The factors of the rows of the linear with this number, of which there are `rows`; none where all are ones.
+    pub fn rows(&self, number: usize, rows: usize) -> Option<Vec<f32>> {
+        let mut all = None;
+        for fold in self.sites.iter().flatten() {
+            match &fold.change {
+                Change::Rows { linear, first, factors } if *linear == number => {
+                    let all = all.get_or_insert_with(|| vec![1.0; rows]);
+                    all[*first..first + factors.len()].copy_from_slice(factors);
+                }
+                _ => {}
+            }
         }
+        all
+    }
+
+    /// The norms that folds go into: their numbers, their new stored weights, and the factors of their biases.
+    pub fn norms(&self) -> impl Iterator<Item = (usize, &[f32], &[f32])> {
+        self.sites.iter().flatten().filter_map(|fold| match &fold.change {
+            Change::Norm { number, weights, factors } => {
+                Some((*number, weights.as_slice(), factors.as_slice()))
+            }
+            _ => None,
+        })
     }
 }
 
@@ -138,24 +168,22 @@ impl QuantizedGroup {
 }
 
 impl<S: Solver> Layer<'_, S> {
-    /// Chooses the folds of all sites. They come before any code is chosen because two of them change the rows
+    /// Chooses the folds of all sites. They come before any code is chosen because some of them change the rows
     /// of weights that an earlier site reads.
     ///
     /// # Errors
     /// What reading the weights returns.
-    pub fn folds(&self, method: Method, statistics: &[SiteStatistics<S::Matrix>; 4]) -> Result<Folds> {
-        let mut folds = Folds::default();
-        for site in Site::ALL.into_iter().filter(|&site| method.smooth && self.can_fold(site)) {
-            let statistics = &statistics[site as usize];
+    pub fn folds(&self, method: Method, statistics: &[SiteStatistics<S::Matrix>]) -> Result<Folds> {
+        let mut folds = Folds { sites: vec![None; self.spec.sites.len()] };
+        for site in self.sites().filter(|&site| method.smooth && self.can_fold(site)) {
+            let statistics = &statistics[site];
             let members = (self.weights)(site)?;
             let smoothing = self.smooth(site, &members, statistics)?;
             let folded = smoothing.candidate != "none";
-            if folded {
-                self.fold_producer(site, &smoothing.factors, &mut folds);
-            }
-            folds.smoothings[site as usize] = Some(smoothing);
+            let change = if folded { self.change(site, &smoothing.factors) } else { Change::Nothing };
+            folds.sites[site] = Some(Fold { smoothing, given_up: false, change });
             // The earlier site's codes will hold this fold, so that it can't be given up later.
-            let judged_now = matches!(site, Site::O | Site::Down);
+            let judged_now = matches!(self.spec.sites[site].producer, Producer::Rows(_));
             if folded && method.guard && judged_now && !self.wins(site, &members, &folds, statistics)? {
                 folds.give_up(site);
             }
@@ -163,9 +191,9 @@ impl<S: Solver> Layer<'_, S> {
         Ok(folds)
     }
 
-    /// Folds and quantizes group by group, and hands each to `done`. With `guard`, a group in which a linear's outputs
+    /// Folds and quantizes site by site, and hands each to `done`. With `guard`, a group in which a linear's outputs
     /// are worse than under max scales without folds is quantized again without room in its input, without its own
-    /// fold, and without the fold that its rows hold: what is left then is max scales themselves. `folds` are those
+    /// fold, and without the folds that its rows hold: what is left then is max scales themselves. `folds` are those
     /// that were kept in the end.
     ///
     /// # Errors
@@ -174,25 +202,20 @@ impl<S: Solver> Layer<'_, S> {
         &self,
         method: Method,
         folds: &mut Folds,
-        statistics: &mut [SiteStatistics<S::Matrix>; 4],
+        statistics: &mut [SiteStatistics<S::Matrix>],
         done: &mut dyn FnMut(QuantizedGroup) -> Result<()>,
     ) -> Result<()> {
-        for site in Site::ALL.into_iter().filter(|&site| self.quantized[site as usize]) {
-            let statistics = &mut statistics[site as usize];
+        for site in self.sites().filter(|&site| !self.quantized[site].is_empty()) {
+            let statistics = &mut statistics[site];
             let mut room = method.headroom && self.quantized_inputs;
             let mut group = self.group(site, method, folds, room, statistics)?;
             while method.guard && group.loses() {
-                let held = match site {
-                    Site::Qkv => Some(Site::O),
-                    Site::GateUp => Some(Site::Down),
-                    Site::O | Site::Down => None,
-                };
-                let held = held.filter(|&site| folds.has(site));
+                let held: Vec<usize> = self.held(site).filter(|&held| folds.has(held)).collect();
                 if room && group.headroom > 1.0 {
                     room = false;
-                } else if held.is_some() && !folds.has(site) {
+                } else if !held.is_empty() && !folds.has(site) {
                     held.into_iter().for_each(|site| folds.give_up(site));
-                } else if folds.has(site) && matches!(site, Site::Qkv | Site::GateUp) {
+                } else if folds.has(site) && matches!(self.spec.sites[site].producer, Producer::Norm(_)) {
                     folds.give_up(site);
                 } else {
                     break;
@@ -204,97 +227,126 @@ impl<S: Solver> Layer<'_, S> {
         Ok(())
     }
 
-    /// Folds the members of a site's group, each `[rows, cols]`: columns are divided by the site's own factors, rows
-    /// of v and up multiplied by those of the site that reads them.
+    /// Folds the quantized linears of a site, each `[rows, cols]`: columns are divided by the site's own factors, rows
+    /// multiplied by those of the sites that read what they produce.
     ///
     /// # Errors
     /// What the device returns.
-    pub fn fold(&self, site: Site, folds: &Folds, members: &mut [S::Matrix]) -> Result<()> {
-        for (member, w) in members.iter_mut().enumerate() {
-            if let Some(smoothing) = &folds.smoothings[site as usize] {
+    pub fn fold(&self, site: usize, folds: &Folds, members: &mut [S::Matrix]) -> Result<()> {
+        for (&number, w) in self.quantized[site].iter().zip(members) {
+            if let Some(smoothing) = folds.smoothing(site) {
                 *w = self.solver.divided(w, &smoothing.factors)?;
             }
-            if let Some(factors) = folds.rows(site, member) {
-                self.solver.scale(w, Some(factors), None)?;
+            if let Some(factors) = folds.rows(number, self.spec.linears[number].rows) {
+                self.solver.scale(w, Some(&factors), None)?;
             }
         }
         Ok(())
     }
 
+    fn sites(&self) -> impl Iterator<Item = usize> + use<S> {
+        0..self.spec.sites.len()
+    }
+
+    /// Whether every linear of a site is quantized.
+    fn is_whole(&self, site: usize) -> bool {
+        self.quantized[site].len() == self.spec.sites[site].members.len()
+    }
+
+    /// The sites whose inputs rows of this site's linears produce.
+    fn held(&self, site: usize) -> impl Iterator<Item = usize> {
+        let members = &self.spec.sites[site].members;
+        self.sites().filter(move |&other| match &self.spec.sites[other].producer {
+            Producer::Rows(rows) => members.contains(&rows.linear),
+            Producer::Norm(_) | Producer::Fixed => false,
+        })
+    }
+
     /// A fold changes both its consumers and its producer, so both must be rewritten anyway: linears that keep
     /// their dtype are carried over byte for byte.
-    fn can_fold(&self, site: Site) -> bool {
-        let producer = match site {
-            Site::Qkv | Site::GateUp => true,
-            Site::O => self.quantized[Site::Qkv as usize],
-            Site::Down => self.quantized[Site::GateUp as usize],
+    fn can_fold(&self, site: usize) -> bool {
+        let producer = match &self.spec.sites[site].producer {
+            Producer::Norm(norm) => self.norms[*norm].is_some(),
+            Producer::Rows(rows) => self.quantized.iter().any(|numbers| numbers.contains(&rows.linear)),
+            Producer::Fixed => false,
         };
-        producer && self.quantized[site as usize]
+        producer && self.is_whole(site)
     }
 
     fn smooth(
         &self,
-        site: Site,
+        site: usize,
         members: &[S::Matrix],
         statistics: &SiteStatistics<S::Matrix>,
     ) -> Result<Smoothing> {
+        let producer = &self.spec.sites[site].producer;
+        let tie = match producer {
+            Producer::Rows(rows) if rows.repeats > 1 || rows.width < rows.count => {
+                Some((rows.repeats, rows.width))
+            }
+            _ => None,
+        };
         let choice = Choice {
             solver: self.solver,
             members,
             amax: &statistics.amax,
             squares: &statistics.squares,
             sample: &statistics.fit,
-            tie: (site == Site::O).then_some(self.heads),
+            tie,
             quantized_inputs: self.quantized_inputs,
         };
-        let (repeats, width) = self.heads;
-        let held = |(channel, factor): (usize, f32)| {
-            let row = match site {
-                Site::O => channel / (repeats * width) * width + channel % width,
-                _ => channel,
-            };
-            if (self.bias_holds)(site, row, factor) { factor } else { 1.0 }
-        };
-        choice.best(|wished| match norm_of(site) {
-            Some(norm) => self.realized(norm, &wished),
-            None => wished.into_iter().enumerate().map(held).collect(),
+        choice.best(|wished| match producer {
+            Producer::Norm(norm) => self.realized(*norm, &wished),
+            Producer::Rows(rows) => {
+                let held = |(channel, factor): (usize, f32)| {
+                    let row = rows.first + rows.of_channel(channel);
+                    let of_row = if rows.squared { factor.sqrt() } else { factor };
+                    if (self.bias_holds)(rows.linear, row, of_row) { factor } else { 1.0 }
+                };
+                wished.into_iter().enumerate().map(held).collect()
+            }
+            Producer::Fixed => vec![1.0; wished.len()],
         })
     }
 
     /// The factors that a norm can hold: its stored weights are rounded, so the columns are divided by what
     /// really happened to them.
     fn realized(&self, norm: usize, wished: &[f32]) -> Vec<f32> {
-        let pairs = self.norms[norm].iter().zip(wished);
+        let (gamma, weights) = self.gamma(norm);
+        let pairs = weights.iter().zip(wished);
         pairs
             .map(|(&weight, factor)| {
-                let realized = (self.round_norm)(weight * factor) / weight;
-                if realized.is_normal() { realized } else { 1.0 }
+                let there = gamma.of_weight(weight);
+                let here = gamma.of_weight((self.round_norm)(norm, gamma.to_weight(there * factor)));
+                let realized = here / there;
+                if realized.is_normal() && realized > 0.0 { realized } else { 1.0 }
             })
             .collect()
     }
 
-    fn fold_producer(&self, site: Site, factors: &[f32], folds: &mut Folds) {
-        let (repeats, width) = self.heads;
-        match site {
-            Site::Qkv | Site::GateUp => {
-                let norm = norm_of(site).expect("both sites follow a norm");
-                let weights = self.norms[norm].iter().zip(factors);
-                folds.norms[norm] = Some(weights.map(|(w, f)| (self.round_norm)(w * f)).collect());
-            }
-            Site::O => {
-                let heads = factors.chunks_exact(repeats * width);
-                folds.v = Some(heads.flat_map(|head| &head[..width]).copied().collect());
-            }
-            Site::Down => folds.up = Some(factors.to_vec()),
-        }
+    /// What the norm with this number multiplies by, and its stored weights.
+    fn gamma(&self, norm: usize) -> (Gamma, &[f32]) {
+        let weights = self.norms[norm].as_deref().expect("only norms with a weight are folded");
+        (self.spec.norms[norm].kind.gamma, weights)
     }
-}
 
-/// The norm that produces a site's input.
-fn norm_of(site: Site) -> Option<usize> {
-    match site {
-        Site::Qkv => Some(0),
-        Site::GateUp => Some(1),
-        Site::O | Site::Down => None,
+    /// What a fold makes of what produces the input of a site.
+    fn change(&self, site: usize, factors: &[f32]) -> Change {
+        match &self.spec.sites[site].producer {
+            Producer::Norm(norm) => {
+                let (gamma, weights) = self.gamma(*norm);
+                let folded = |(&weight, factor): (&f32, &f32)| match factor {
+                    // Exact, also where one plus the weight is not.
+                    1.0 => weight,
+                    factor => (self.round_norm)(*norm, gamma.to_weight(gamma.of_weight(weight) * factor)),
+                };
+                let weights = weights.iter().zip(factors).map(folded).collect();
+                Change::Norm { number: *norm, weights, factors: factors.to_vec() }
+            }
+            Producer::Rows(rows) => {
+                Change::Rows { linear: rows.linear, first: rows.first, factors: rows.factors(factors) }
+            }
+            Producer::Fixed => Change::Nothing,
+        }
     }
 }

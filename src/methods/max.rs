@@ -2,12 +2,18 @@
 
 use crate::backend::Backend;
 use crate::error::Result;
-use crate::model::Linear;
+use crate::forward::Linear;
 use crate::nvfp4::{BLOCK, GlobalScale, QuantizedLinear};
 
 /// `max |w|` of each member of a fused group; NaN or infinite where an element is.
-pub fn weight_amax<B: Backend>(backend: &B, members: &[Linear<B::Tensor>]) -> Result<Vec<f32>> {
-    members.iter().map(|linear| backend.weight_amax(&linear.weight)).collect()
+pub fn weight_amax<'a, B: Backend>(
+    backend: &B,
+    members: impl IntoIterator<Item = &'a Linear<B::Tensor>>,
+) -> Result<Vec<f32>>
+where
+    B::Tensor: 'a,
+{
+    members.into_iter().map(|linear| backend.weight_amax(&linear.weight)).collect()
 }
 
 /// Quantizes one member of a group with the group's global scale. `spare` lends its memory.

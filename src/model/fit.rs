@@ -4,21 +4,21 @@
 use safetensors::Dtype;
 use serde_json::Value;
 
-use super::config::ModelConfig;
-use super::tensors::TensorSpec;
+use super::description::Model;
+use super::layer::TensorSpec;
 use crate::checkpoint::{Checkpoint, Entry};
 use crate::error::{Error, Result, quoted};
 
-const LM_HEAD: &str = "lm_head.weight";
 const REMEDY: &str = "correct config.json, or use the one that belongs to these weights";
 
-impl ModelConfig {
-    /// The model that a checkpoint's config.json describes.
+impl Model {
+    /// The model that a checkpoint's config.json and the names of its tensors describe.
     ///
     /// # Errors
-    /// As [`ModelConfig::parse`], naming the file.
-    pub fn of(checkpoint: &Checkpoint) -> Result<ModelConfig> {
-        ModelConfig::parse(&checkpoint.config).map_err(|error| error.file(checkpoint.dir.join("config.json")))
+    /// As [`Model::parse`], naming the file.
+    pub fn of(checkpoint: &Checkpoint) -> Result<Model> {
+        Model::parse(&checkpoint.config, &|name| checkpoint.tensors.contains_key(name))
+            .map_err(|error| error.file(checkpoint.dir.join("config.json")))
     }
 
     /// Where a tensor of this model lies.
@@ -63,6 +63,7 @@ impl ModelConfig {
         Some(match module {
             "embed_tokens" | "lm_head" => ["vocab_size", "hidden_size"],
             "q_proj" => [queries, "hidden_size"],
+            "q_norm" | "k_norm" => ["head_dim", "head_dim"],
             "k_proj" | "v_proj" => [keys, "hidden_size"],
             "o_proj" => ["hidden_size", queries],
             "gate_proj" | "up_proj" => ["intermediate_size", "hidden_size"],
@@ -74,11 +75,11 @@ impl ModelConfig {
     /// Why config.json asks for a tensor that is missing, where it can be told.
     fn missing(&self, checkpoint: &Checkpoint, spec: &TensorSpec) -> Option<Error> {
         let tensors = &checkpoint.tensors;
-        let stored = stored_layers(checkpoint);
-        let (what, fix) = if layer_of(&spec.name).is_some_and(|layer| layer >= stored && stored > 0) {
+        let stored = self.stored_layers(checkpoint);
+        let (what, fix) = if self.layer_of(&spec.name).is_some_and(|layer| layer >= stored && stored > 0) {
             let what = format!(
                 "the tensor is missing: num_hidden_layers is {} in config.json, and the weights have {stored} layers",
-                self.layers
+                self.layers.len()
             );
             (
                 what,
@@ -86,7 +87,7 @@ impl ModelConfig {
                     "set num_hidden_layers to {stored} in config.json, or download the shards that are missing"
                 ),
             )
-        } else if spec.name == LM_HEAD {
+        } else if spec.name == self.head_weight() {
             let what = "the tensor is missing, and tie_word_embeddings in config.json does not say that the embedding \
                         takes its place";
             (what.to_string(), "set tie_word_embeddings to true if the model has no lm_head of its own, or download the shard that is missing".to_string())
@@ -106,7 +107,7 @@ impl ModelConfig {
                 what,
                 format!(
                     "save the model on its own, as {}: (cd {} && python3 -c \"from transformers import AutoModelForCausalLM as M; M.from_pretrained('.', dtype='auto').save_pretrained('SAVED')\")",
-                    self.family.name(),
+                    self.architecture,
                     quoted(&checkpoint.dir.display().to_string())
                 ),
             )
@@ -120,15 +121,13 @@ impl ModelConfig {
             None => "is absent".to_string(),
             Some(value) => format!("is {value}"),
         };
-        let stored = stored_layers(checkpoint);
+        let stored = self.stored_layers(checkpoint);
         let module = name.strip_suffix(".bias").unwrap_or_default();
-        let of_layer = self.groups(0).into_iter().flat_map(|group| group.members);
-        let is_linear =
-            |own: &str| module.rsplit_once('.').is_some_and(|(_, last)| own.ends_with(&format!(".{last}")));
-        let (why, fix) = if layer_of(name).is_some_and(|layer| layer >= self.layers) {
+        let of_linear = self.linears().any(|linear| linear.name == module);
+        let (why, fix) = if self.layer_of(name).is_some_and(|layer| layer >= self.layers.len()) {
             let why = format!(
                 "num_hidden_layers is {} in config.json, and the weights have {stored} layers",
-                self.layers
+                self.layers.len()
             );
             (
                 why,
@@ -136,26 +135,25 @@ impl ModelConfig {
                     "set num_hidden_layers to {stored} in config.json, or remove the weights of the layers beyond"
                 ),
             )
-        } else if layer_of(name).is_some() && of_layer.into_iter().any(|own| is_linear(&own.name)) {
+        } else if of_linear {
             let field = bias_field(name);
             let why = format!("{field} {} in config.json, and the weights have biases", config(field));
-            let output =
-                if field == "attention_bias" { ".self_attn.o_proj.bias" } else { ".mlp.down_proj.bias" };
-            let all = checkpoint.tensors.keys().any(|name| name.ends_with(output));
-            let fix = match (all, self.family.has_bias_fields()) {
-                (true, true) => format!("set {field} to true in config.json"),
-                (true, false) => format!(
-                    "{} has no biases; LlamaForCausalLM has them where {field} is true",
-                    self.family.name()
-                ),
-                (false, _) => format!(
-                    "use the config.json that belongs to these weights: some linears have biases and others none, which {field} can't say; Qwen2 has such"
+            let mut with_biases = checkpoint.config.clone();
+            with_biases.insert(field.into(), true.into());
+            let explained = Model::parse(&with_biases, &|name| checkpoint.tensors.contains_key(name))
+                .is_ok_and(|model| model.tensors().all(|spec| checkpoint.tensors.contains_key(&spec.name)));
+            let fix = match explained {
+                true => format!("set {field} to true in config.json"),
+                false => format!(
+                    "use the config.json that belongs to these weights: {} has no biases, or has them on other \
+                     linears than these",
+                    self.architecture
                 ),
             };
             (why, fix)
         } else {
             (
-                format!("{} has no such tensor", self.family.name()),
+                format!("{} has no such tensor", self.architecture),
                 "use a checkpoint of a plain decoder, without adapters or extra heads; if it is one, architectures in \
                  config.json names another than these weights have"
                     .to_string(),
@@ -164,6 +162,12 @@ impl ModelConfig {
         let file =
             checkpoint.tensors.get(name).map_or(&checkpoint.dir, |entry| &checkpoint.files[entry.file]);
         Error::input(why).file(file).tensor(name).fix(fix)
+    }
+
+    /// Decoder layers that have tensors.
+    fn stored_layers(&self, checkpoint: &Checkpoint) -> usize {
+        let layers = checkpoint.tensors.keys().filter_map(|name| self.layer_of(name));
+        layers.max().map_or(0, |last| last.saturating_add(1))
     }
 
     /// What of this model is read in a way that is not plain from config.json, for the user to know. Reads lm_head where
@@ -180,38 +184,29 @@ impl ModelConfig {
         if set("rope_parameters") && set("rope_scaling") {
             notes.push("config.json has rope_scaling beside rope_parameters: it takes their place, as in Transformers 5".into());
         }
-        if self.tie_embeddings
-            && let Some(head) = checkpoint.tensors.get(LM_HEAD)
+        let name = self.head_weight();
+        if self.tied
+            && let Some(head) = checkpoint.tensors.get(&name)
         {
-            if !checkpoint.same_bytes(LM_HEAD, &self.embedding().name)? {
+            if !checkpoint.same_bytes(&name, &self.embedding.name)? {
                 let what = "tie_word_embeddings is true in config.json, but the stored lm_head is not the embedding: \
                             Transformers 5 would use it, vLLM the embedding in its place";
                 let fix = "set tie_word_embeddings to false in config.json if lm_head was trained, or remove lm_head.weight \
                            from the weights if it was not";
-                return Err(Error::input(what).file(&checkpoint.files[head.file]).tensor(LM_HEAD).fix(fix));
+                return Err(Error::input(what).file(&checkpoint.files[head.file]).tensor(&name).fix(fix));
             }
-            notes.push(format!("{LM_HEAD} is ignored: it is a copy of the embedding, and the model is tied"));
+            notes.push(format!("{name} is ignored: it is a copy of the embedding, and the model is tied"));
         }
         Ok(notes)
     }
 }
 
 /// Whether a tensor that the model does not have may be left out: rotary frequencies, which old exports stored
-/// although every loader computes them, and the lm_head of a tied model, which [`ModelConfig::oddities`] looks at.
-pub fn is_dispensable(model: &ModelConfig, name: &str) -> bool {
-    name.ends_with("rotary_emb.inv_freq") || (model.tie_embeddings && name == LM_HEAD)
+/// although every loader computes them, and the lm_head of a tied model, which [`Model::oddities`] looks at.
+pub fn is_dispensable(model: &Model, name: &str) -> bool {
+    name.ends_with("rotary_emb.inv_freq") || (model.tied && name == model.head_weight())
 }
 
 fn bias_field(name: &str) -> &'static str {
     if name.contains(".mlp.") { "mlp_bias" } else { "attention_bias" }
-}
-
-/// The decoder layer whose tensor has this name.
-fn layer_of(name: &str) -> Option<usize> {
-    name.strip_prefix("model.layers.")?.split_once('.')?.0.parse().ok()
-}
-
-/// Decoder layers that have tensors.
-fn stored_layers(checkpoint: &Checkpoint) -> usize {
-    checkpoint.tensors.keys().filter_map(|name| layer_of(name)).max().map_or(0, |last| last.saturating_add(1))
 }

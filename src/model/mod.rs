@@ -1,16 +1,24 @@
-//! What a decoder is made of: its sizes, its tensors' names and shapes, which linears are fused, and its
-//! forward pass, written once over [`crate::backend::Backend`]. Knows nothing of where it runs.
+//! What a decoder is made of, as data: sizes, names and shapes of tensors, blocks, and the sites at which inputs meet
+//! weights. `families/` turns config.json into it. Knows nothing of where it runs or of how numbers are chosen.
 
+mod attention;
 mod config;
+mod description;
 mod families;
+mod fields;
 mod fit;
-mod forward;
+mod form;
+mod layer;
+mod mlp;
 mod rope;
-mod tensors;
+mod sizes;
 
-pub use config::{ModelConfig, architectures};
-pub use families::{Family, supported};
+pub use attention::{Attention, AttentionForm, NormScope, Projections};
+pub use config::architectures;
+pub use description::Model;
+pub use families::supported;
 pub use fit::is_dispensable;
-pub use forward::{Batch, Decoder, LayerWeights, Linear, Observe, Workspace};
-pub use rope::{Rope, RopeTable};
-pub use tensors::{Group, LinearSpec, Site, TensorSpec};
+pub use form::{EmbeddingForm, HeadForm, Temperature};
+pub use layer::{Block, Group, Layer, LinearSpec, Mixer, Norm, Producer, Rows, Site, TensorSpec};
+pub use mlp::{Function, Mlp, MlpForm, MlpShape};
+pub use rope::{Rope, RopeStyle, RopeTable};

@@ -6,7 +6,9 @@
 
 use serde_json::Value;
 
-use super::config::Fields;
+use super::config::Config;
+use super::fields::Fields;
+use super::sizes::Sizes;
 use crate::error::{Error, Result};
 
 /// Rotary embedding of one model.
@@ -15,6 +17,19 @@ pub struct Rope {
     theta: f64,
     dim: usize,
     scaling: Scaling,
+    /// Which features are pairs, and how turned pairs are rounded.
+    pub style: RopeStyle,
+}
+
+/// Which features are pairs, and how turned pairs are rounded.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct RopeStyle {
+    /// Whether features `2i` and `2i + 1` are a pair; otherwise features `i` and `i + dim / 2` are.
+    pub interleaved: bool,
+    /// Whether a turned feature is rounded once; otherwise each of its two products is, and then their sum.
+    pub rounds_once: bool,
+    /// Whether cosines and sines stay f32, whatever is computed in.
+    pub exact_tables: bool,
 }
 
 #[derive(Clone, Debug, PartialEq)]
@@ -50,38 +65,44 @@ impl RopeTable {
 }
 
 impl Rope {
-    /// Reads `rope_parameters`, or the older `rope_scaling` and `rope_theta`. Where there are both, `rope_scaling` takes
-    /// the place of `rope_parameters` with all that is in it, as in Transformers 5.
-    pub(super) fn parse(fields: &Fields<'_>, max_positions: usize, head_dim: usize) -> Result<Rope> {
-        let filled = |name: &str| Ok(fields.object(name)?.filter(|object| !object.0.is_empty()));
-        let scaling = match filled("rope_scaling")? {
-            Some(scaling) => Some(scaling),
-            None => filled("rope_parameters")?,
-        };
-        if let Some((kind, _)) = scaling.iter().flat_map(|s| s.0).find(|(_, value)| value.is_object()) {
-            return Err(Error::input(format!(
-                "config.json: rope_parameters differ by kind of layer ({kind}), which is not supported"
-            ))
-            .fix("use a Llama or Mistral checkpoint whose layers all have the same rotary embedding"));
+    /// Reads the one rotary embedding of a model whose layers all have the same, of heads with `dim` features. Where
+    /// `rope_scaling` has fields, it takes the place of `rope_parameters` with all that is in it, as in Transformers 5.
+    ///
+    /// # Errors
+    /// Exit code 3: a field that is malformed or missing, a kind of scaling that is not known, rotary embeddings that
+    /// differ by kind of layer.
+    pub fn read(config: &Config<'_>, sizes: &Sizes, dim: usize) -> Result<Rope> {
+        let scaling = parameters(&config.text)?;
+        if let Some((kind, _)) = scaling.iter().flat_map(|s| s.map).find(|(_, value)| value.is_object()) {
+            let what = format!("differ by kind of layer ({kind}), which this family does not have");
+            return Err(config.text.wrong("rope_parameters", what));
         }
-        let theta = match &scaling {
-            Some(s) => s.number("rope_theta")?.or(fields.number("rope_theta")?),
-            None => fields.number("rope_theta")?,
+        Rope::of(&config.text, scaling, (sizes.theta, sizes.max_positions), dim)
+    }
+
+    /// The rotary embedding that an object of parameters describes, or `fields` alone. The theta of a file that has none
+    /// is `default_theta`.
+    fn of(
+        fields: &Fields<'_>,
+        scaling: Option<Fields<'_>>,
+        (default_theta, max_positions): (f64, usize),
+        dim: usize,
+    ) -> Result<Rope> {
+        let either = |name: &str| match &scaling {
+            Some(s) => Ok(s.number(name)?.or(fields.number(name)?)),
+            None => fields.number(name),
         };
-        let partial = match &scaling {
-            Some(s) => s.number("partial_rotary_factor")?.or(fields.number("partial_rotary_factor")?),
-            None => fields.number("partial_rotary_factor")?,
-        };
+        let theta = either("rope_theta")?.unwrap_or(default_theta);
+        let partial = either("partial_rotary_factor")?;
         if partial.is_some_and(|factor| factor != 1.0) {
             return Err(Error::input("config.json: partial_rotary_factor other than 1 is not supported")
-                .fix("use a Llama or Mistral checkpoint with full rotary embedding"));
+                .fix("use a checkpoint with full rotary embedding"));
         }
-        let theta = theta.unwrap_or(10_000.0);
         let scaling = match scaling {
             None => Scaling::Default,
-            Some(s) => Scaling::parse(&s, fields, theta, max_positions, head_dim)?,
+            Some(s) => Scaling::parse(&s, fields, theta, max_positions, dim)?,
         };
-        Ok(Rope { theta, dim: head_dim, scaling })
+        Ok(Rope { theta, dim, scaling, style: RopeStyle::default() })
     }
 
     /// Tables for documents of these lengths (tokens).
@@ -150,6 +171,15 @@ impl Rope {
                 })
                 .collect(),
         }
+    }
+}
+
+/// The object that holds rotary parameters: `rope_scaling` or `rope_parameters`, whichever has fields, in this order.
+fn parameters<'a>(fields: &Fields<'a>) -> Result<Option<Fields<'a>>> {
+    let filled = |name: &str, path| Ok(fields.object(name, path)?.filter(|object| !object.map.is_empty()));
+    match filled("rope_scaling", "rope_scaling.")? {
+        Some(scaling) => Ok(Some(scaling)),
+        None => filled("rope_parameters", "rope_parameters."),
     }
 }
 
@@ -239,7 +269,8 @@ mod tests {
     use super::*;
 
     fn rope(config: Value) -> Rope {
-        Rope::parse(&Fields(config.as_object().unwrap()), 16, 8).unwrap()
+        let fields = Fields::new(config.as_object().unwrap());
+        Rope::of(&fields, parameters(&fields).unwrap(), (10_000.0, 16), 8).unwrap()
     }
 
     #[test]
@@ -272,13 +303,6 @@ mod tests {
             let one = rope(json!({"rope_parameters": parameters, "rope_scaling": nothing}));
             assert_eq!(one, rope(json!({"rope_theta": 5e5})));
         }
-    }
-
-    #[test]
-    fn parameters_by_kind_of_layer_are_refused() {
-        let config = json!({"rope_parameters": {"full_attention": {"rope_type": "default"}}});
-        let error = Rope::parse(&Fields(config.as_object().unwrap()), 16, 8).unwrap_err().to_string();
-        assert!(error.contains("full_attention"), "{error}");
     }
 
     #[test]

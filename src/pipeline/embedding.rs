@@ -63,7 +63,7 @@ struct Gather {
 impl Gather {
     fn new(job: &Job) -> Result<Gather> {
         let pool = threads::pool("gather", rayon::current_num_threads().min(GATHERING))?;
-        let table = job.checkpoint.tensor(&job.model.embedding().name)?;
+        let table = job.checkpoint.tensor(&job.model.embedding.name)?;
         Ok(Gather { pool, table, rows: vec![] })
     }
 

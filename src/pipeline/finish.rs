@@ -15,9 +15,10 @@ use super::placer::{Placer, ToPlace};
 use crate::backend::Solver;
 use crate::checkpoint::{OutputFiles, narrow, stored, widen};
 use crate::error::{Error, Result};
+use crate::forward::LayerWeights;
 use crate::methods::layer::{Folds, Layer, QuantizedGroup};
 use crate::methods::{SiteStatistics, quantize_linear, weight_amax};
-use crate::model::{Group, LayerWeights, LinearSpec, Site};
+use crate::model::Norm;
 use crate::nvfp4::{BLOCK, GlobalScale, QuantizedLinear};
 use crate::report::{Phases, Timeline, Work};
 use crate::threads;
@@ -40,7 +41,7 @@ pub enum Finished<B: Solver> {
         /// Which one.
         layer: usize,
         /// What is known of its inputs, by site.
-        statistics: Box<[SiteStatistics<B::Matrix>; 4]>,
+        statistics: Vec<SiteStatistics<B::Matrix>>,
         /// Its weights.
         weights: Lent<B>,
     },
@@ -73,7 +74,7 @@ pub enum Inputs {
     /// The scheme does not ask.
     Unneeded,
     /// `max |x|` by site.
-    Maxima([f32; 4]),
+    Maxima(Vec<f32>),
 }
 
 /// Quantizes the parts that this rank owns.
@@ -151,7 +152,7 @@ impl<B: Solver> Finisher<'_, B> {
                     self.scaled(layer, inputs)?;
                 }
                 Finished::Chosen { layer, statistics, weights: lent } => {
-                    self.chosen(layer, &lent.weights, *statistics)?;
+                    self.chosen(layer, &lent.weights, statistics)?;
                     self.timeline.note(Work::Quantize, layer, 0, started, self.timeline.now());
                 }
             }
@@ -177,14 +178,14 @@ impl<B: Solver> Finisher<'_, B> {
         let mut groups = Vec::new();
         for group in &self.job.inventory.layers[layer].quantized {
             let started = Instant::now();
-            let linears = &weights.linears[group.site as usize];
-            let maxima = weight_amax(self.backend, linears)?;
+            let linears = || group.numbers.iter().map(|&number| &weights.linears[number]);
+            let maxima = weight_amax(self.backend, linears())?;
             for (linear, &amax) in group.members.iter().zip(&maxima) {
                 healthy_weight(linear, amax)?;
             }
             let global = GlobalScale::from_amax(maxima.iter().copied().fold(0.0, f32::max));
             self.seconds += started.elapsed().as_secs_f64();
-            for (linear, weight) in group.members.iter().zip(linears) {
+            for (linear, weight) in group.members.iter().zip(linears()) {
                 let started = Instant::now();
                 let elements = linear.rows * linear.cols;
                 let spare =
@@ -194,7 +195,7 @@ impl<B: Solver> Finisher<'_, B> {
                 self.linear(&linear.name, quantized, global)?;
             }
             groups.push(GroupRecord {
-                site: group.site,
+                site: group.name.to_string(),
                 input_amax: None,
                 members: group.members.iter().map(|l| l.name.clone()).zip(maxima).collect(),
                 chosen: None,
@@ -215,7 +216,7 @@ impl<B: Solver> Finisher<'_, B> {
         };
         let mut groups = self.quantized.remove(&layer).expect("weights do not come after maxima");
         for (group, spec) in groups.iter_mut().zip(&self.job.inventory.layers[layer].quantized) {
-            group.input_amax = maxima.map(|by_site| by_site[group.site as usize]);
+            group.input_amax = maxima.as_ref().map(|by_site| by_site[spec.site]);
             if let Some(amax) = group.input_amax {
                 healthy_input(spec, layer, amax, true)?;
                 for (name, _) in &group.members {
@@ -234,42 +235,33 @@ impl<B: Solver> Finisher<'_, B> {
         &mut self,
         layer: usize,
         weights: &LayerWeights<B::Tensor>,
-        mut statistics: [SiteStatistics<B::Matrix>; 4],
+        mut statistics: Vec<SiteStatistics<B::Matrix>>,
     ) -> Result<()> {
         let (part, job, started) = (PartId::Layer(layer), self.job, Instant::now());
         let quantized = &job.inventory.layers[layer].quantized;
         for group in quantized {
-            let maxima = weight_amax(self.backend, &weights.linears[group.site as usize])?;
+            let linears = group.numbers.iter().map(|&number| &weights.linears[number]);
+            let maxima = weight_amax(self.backend, linears)?;
             for (linear, amax) in group.members.iter().zip(maxima) {
                 healthy_weight(linear, amax)?;
             }
-            let amax = crate::nvfp4::amax(&statistics[group.site as usize].amax);
+            let amax = crate::nvfp4::amax(&statistics[group.site].amax);
             healthy_input(group, layer, amax, job.quantized_inputs)?;
         }
-        let norms = job.model.layer_norms(layer).map(|norm| job.checkpoint.tensor(&norm.name));
-        let [before_attention, before_mlp] = norms;
-        let norms = [before_attention?, before_mlp?];
-        let groups = job.model.groups(layer);
-        let bias = |linear: &LinearSpec| -> Result<Option<(Dtype, Vec<f32>)>> {
-            let Some(name) = linear.bias() else { return Ok(None) };
-            let bias = job.checkpoint.tensor(&name)?;
-            Ok(Some((bias.dtype, widen(&bias)?)))
-        };
-        let biases = [bias(v_of(&groups))?, bias(up_of(&groups))?];
-        let read = |site: Site| {
-            weights.linears[site as usize].iter().map(|l| self.backend.widen(&l.weight)).collect()
+        let stored = Stored::of(job, layer)?;
+        let numbers = job.inventory.numbers(layer);
+        let read = |site: usize| {
+            let weight = |&number: &usize| self.backend.widen(&weights.linears[number].weight);
+            numbers[site].iter().map(weight).collect()
         };
         let described = Layer {
             solver: self.backend,
-            quantized: Site::ALL.map(|site| quantized.iter().any(|group| group.site == site)),
+            spec: &job.model.layers[layer],
+            quantized: &numbers,
             weights: &read,
-            norms: [widen(&norms[0])?, widen(&norms[1])?],
-            round_norm: &|x| stored(norms[0].dtype, stored(norms[1].dtype, x)),
-            bias_holds: &|site, row, factor| {
-                let bias = &biases[(site == Site::Down) as usize];
-                bias.as_ref().is_none_or(|(dtype, bias)| stored(*dtype, bias[row] * factor).is_finite())
-            },
-            heads: (job.model.heads / job.model.kv_heads, job.model.head_dim),
+            norms: stored.norms.iter().map(|norm| norm.as_ref().map(|(_, values)| values.clone())).collect(),
+            round_norm: &|norm, x| stored.round(norm, x),
+            bias_holds: &|linear, row, factor| stored.holds(linear, row, factor),
             tokens: job.sampling.fit_tokens,
             quantized_inputs: job.quantized_inputs,
         };
@@ -295,6 +287,7 @@ impl<B: Solver> Finisher<'_, B> {
             }
             let QuantizedGroup { site, smoothing, headroom, damping, fallback, .. } = group;
             let chosen = Some(Chosen { smoothing, headroom, damping, fallback, verdicts });
+            let site = job.model.layers[layer].sites[site].name.to_string();
             groups.push(GroupRecord { site, input_amax: input, members: maxima, chosen });
             started = Instant::now();
             Ok(())
@@ -353,32 +346,66 @@ fn placer_ended() -> Error {
     Error::run("the writing thread ended early")
 }
 
+/// The norms and biases of a layer that folds may change, as they are stored.
+struct Stored {
+    /// By the norms' numbers.
+    norms: Vec<Option<(Dtype, Vec<f32>)>>,
+    /// By the linears' numbers.
+    biases: Vec<Option<(Dtype, Vec<f32>)>>,
+}
+
+impl Stored {
+    fn of(job: &Job, layer: usize) -> Result<Stored> {
+        let read = |name: Option<String>| -> Result<Option<(Dtype, Vec<f32>)>> {
+            let Some(name) = name else { return Ok(None) };
+            let tensor = job.checkpoint.tensor(&name)?;
+            Ok(Some((tensor.dtype, widen(&tensor)?)))
+        };
+        let spec = &job.model.layers[layer];
+        let norm = |norm: &Norm| read(norm.weight.as_ref().map(|spec| spec.name.clone()));
+        Ok(Stored {
+            norms: spec.norms.iter().map(norm).collect::<Result<_>>()?,
+            biases: spec.linears.iter().map(|linear| read(linear.bias())).collect::<Result<_>>()?,
+        })
+    }
+
+    /// What storing `x` in a norm makes of it.
+    fn round(&self, norm: usize, x: f32) -> f32 {
+        self.norms[norm].as_ref().map_or(x, |(dtype, _)| stored(*dtype, x))
+    }
+
+    /// Whether an element of a linear's bias, if it has one, can hold a factor.
+    fn holds(&self, linear: usize, row: usize, factor: f32) -> bool {
+        let bias = &self.biases[linear];
+        bias.as_ref().is_none_or(|(dtype, bias)| stored(*dtype, bias[row] * factor).is_finite())
+    }
+}
+
 /// The norms and biases that folds change, in the dtypes of the source.
 pub(super) fn rewritten(job: &Job, layer: usize, folds: &Folds) -> Result<HashMap<String, Vec<u8>>> {
+    let spec = &job.model.layers[layer];
     let mut tensors = HashMap::new();
-    for (spec, values) in job.model.layer_norms(layer).into_iter().zip(&folds.norms) {
-        if let Some(values) = values {
-            let dtype = job.checkpoint.entry(&spec.name)?.dtype;
-            tensors.insert(spec.name, narrow(dtype, values));
+    let mut scale = |name: String, factors: &[f32]| -> Result<()> {
+        let bias = job.checkpoint.tensor(&name)?;
+        let values: Vec<f32> = widen(&bias)?.iter().zip(factors).map(|(bias, f)| bias * f).collect();
+        tensors.insert(name, narrow(bias.dtype, &values));
+        Ok(())
+    };
+    for (number, linear) in spec.linears.iter().enumerate() {
+        if let (Some(name), Some(factors)) = (linear.bias(), folds.rows(number, linear.rows)) {
+            scale(name, &factors)?;
         }
     }
-    let groups = job.model.groups(layer);
-    for (linear, factors) in [(v_of(&groups), &folds.v), (up_of(&groups), &folds.up)] {
-        if let (Some(name), Some(factors)) = (linear.bias(), factors) {
-            let bias = job.checkpoint.tensor(&name)?;
-            let values: Vec<f32> = widen(&bias)?.iter().zip(factors).map(|(bias, f)| bias * f).collect();
-            tensors.insert(name, narrow(bias.dtype, &values));
+    for (number, _, factors) in folds.norms() {
+        if let Some(bias) = &spec.norms[number].bias {
+            scale(bias.name.clone(), factors)?;
+        }
+    }
+    for (number, weights, _) in folds.norms() {
+        if let Some(weight) = &spec.norms[number].weight {
+            let dtype = job.checkpoint.entry(&weight.name)?.dtype;
+            tensors.insert(weight.name.clone(), narrow(dtype, weights));
         }
     }
     Ok(tensors)
-}
-
-/// The linear whose rows take o's fold.
-fn v_of(groups: &[Group]) -> &LinearSpec {
-    &groups[Site::Qkv as usize].members[2]
-}
-
-/// The linear whose rows take down's fold.
-fn up_of(groups: &[Group]) -> &LinearSpec {
-    &groups[Site::GateUp as usize].members[1]
 }

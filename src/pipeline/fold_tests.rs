@@ -16,15 +16,16 @@ use crate::backend::cpu::{Cpu, Tensor};
 use crate::backend::{Backend, Compute, Solver};
 use crate::calibration::{Sampling, micro_batches};
 use crate::checkpoint::{Checkpoint, Layout, Scheme, SourceTensor, narrow, stored, widen};
+use crate::forward::{Decoder, LayerWeights, Tables};
 use crate::methods::Method;
 use crate::methods::layer::Layer;
-use crate::model::{Decoder, LayerWeights, LinearSpec, ModelConfig, Site};
+use crate::model::{Model, Norm, Producer};
 
 /// Tensors that replace the checkpoint's.
 type Replaced = HashMap<String, SourceTensor>;
 
 /// Called with every site's input.
-type Observe<'a> = &'a mut dyn FnMut(usize, Site, &Tensor);
+type Observe<'a> = &'a mut dyn FnMut(usize, usize, &Tensor);
 
 /// What is multiplied to plant an outlier, and where: channels of norms, rows of v and up.
 const OUTLIERS: [(&str, &[usize]); 4] = [
@@ -72,7 +73,7 @@ fn outliers(name: &str, view: &TensorView<'_>) -> Vec<u8> {
 /// Both documents of a fixture, as a job that quantizes them by every piece of `best`.
 fn job(dir: &Path) -> Job {
     let checkpoint = Checkpoint::open(dir).unwrap();
-    let model = ModelConfig::parse(&checkpoint.config).unwrap();
+    let model = Model::of(&checkpoint).unwrap();
     let inventory =
         Inventory::new(&checkpoint, &model, Layout::CompressedTensors, Scheme::Nvfp4, &[]).unwrap();
     let expected = std::fs::read(dir.join("expected.safetensors")).unwrap();
@@ -104,69 +105,76 @@ fn hidden_states(backend: &Cpu, job: &Job, replaced: &Replaced, observe: Observe
         Some(tensor) => Ok(tensor.clone()),
         None => job.checkpoint.tensor(name),
     };
-    let table = job.model.rope.table(&job.lengths);
-    let decoder = Decoder::new(backend, &job.model, &table).unwrap();
-    let batch = decoder.batch(&table, 0, &job.lengths).unwrap();
+    let tables = Tables::new(&job.model, &job.lengths);
+    let decoder = Decoder::new(backend, &job.model, &tables).unwrap();
+    let batch = decoder.batch(&tables, 0, &job.lengths).unwrap();
     let mut work = decoder.workspace(batch.tokens).unwrap();
     let mut x = backend.activation(batch.tokens, job.model.hidden).unwrap();
-    let embedding = backend.load(&source(&job.model.embedding().name).unwrap()).unwrap();
+    let embedding = backend.load(&source(&job.model.embedding.name).unwrap()).unwrap();
     backend.embed(&embedding, &backend.index(&job.ids).unwrap(), &mut x).unwrap();
+    decoder.embedded(&mut x).unwrap();
     let layer = |layer: usize| {
-        let weights = LayerWeights::load(backend, &job.model, layer, &source).unwrap();
-        let mut observe = |site: Site, x: &mut Tensor| {
+        let spec = &job.model.layers[layer];
+        let weights = LayerWeights::load(backend, spec, &source).unwrap();
+        let mut observe = |site: usize, x: &mut Tensor| {
             observe(layer, site, x);
             Ok(())
         };
-        decoder.layer(&weights, &batch, &mut work, &mut x, &mut observe).unwrap();
+        decoder.layer(spec, &weights, &batch, &mut work, &mut x, &mut observe).unwrap();
         backend.values(&x).unwrap()
     };
-    (0..job.model.layers).map(layer).collect()
+    (0..job.model.layers.len()).map(layer).collect()
 }
 
-/// Every tensor that folding changes, linears in F32 and not quantized, and how many layers fold at each site.
-fn folded(backend: &Cpu, job: &Job) -> (Replaced, [usize; 4]) {
+/// Every tensor that folding changes, linears in F32 and not quantized, and how many inputs are folded of those that
+/// can be.
+fn folded(backend: &Cpu, job: &Job) -> (Replaced, [usize; 2]) {
     let gathering = Gathering::new(backend, job).unwrap();
-    let mut sums: Vec<_> = (0..job.model.layers).map(|_| gathering.layer(&job.model).unwrap()).collect();
+    let mut sums: Vec<_> = job.model.layers.iter().map(|layer| gathering.layer(layer).unwrap()).collect();
     hidden_states(backend, job, &Replaced::new(), &mut |layer, site, x| {
-        gathering.take(0, site, x, job.model.site_features(site), &mut sums[layer]).unwrap();
+        let features = job.model.layers[layer].sites[site].features;
+        gathering.take(0, site, x, features, &mut sums[layer]).unwrap();
     });
-    let (mut replaced, mut count) = (Replaced::new(), [0; 4]);
+    let (mut replaced, mut count) = (Replaced::new(), [0; 2]);
     let mut replace = |name: &str, dtype: Dtype, shape: &[usize], bytes: &[u8]| {
         replaced.insert(name.to_string(), SourceTensor::from_bytes(name, dtype, shape, bytes).unwrap());
     };
     for (layer, sums) in sums.into_iter().enumerate() {
         let statistics = gathering.finish(sums).unwrap();
-        let groups = job.model.groups(layer);
-        let read = |site: Site| {
-            let weight = |linear: &LinearSpec| {
-                backend.widen(&backend.load(&job.checkpoint.tensor(&linear.weight())?)?)
+        let spec = &job.model.layers[layer];
+        let quantized: Vec<Vec<usize>> = spec.sites.iter().map(|site| site.members.clone()).collect();
+        let read = |site: usize| {
+            let weight = |&number: &usize| {
+                let tensor = job.checkpoint.tensor(&spec.linears[number].weight())?;
+                backend.widen(&backend.load(&tensor)?)
             };
-            groups[site as usize].members.iter().map(weight).collect()
+            quantized[site].iter().map(weight).collect()
         };
-        let norms = job.model.layer_norms(layer).map(|norm| job.checkpoint.tensor(&norm.name).unwrap());
+        let stored_norm = |norm: &Norm| norm.weight.as_ref().map(|w| job.checkpoint.tensor(&w.name).unwrap());
+        let norms: Vec<Option<SourceTensor>> = spec.norms.iter().map(stored_norm).collect();
         let described = Layer {
             solver: backend,
-            quantized: [true; 4],
+            spec,
+            quantized: &quantized,
             weights: &read,
-            norms: [widen(&norms[0]).unwrap(), widen(&norms[1]).unwrap()],
-            round_norm: &|x| stored(norms[0].dtype, x),
+            norms: norms.iter().map(|norm| norm.as_ref().map(|norm| widen(norm).unwrap())).collect(),
+            round_norm: &|norm, x| stored(norms[norm].as_ref().unwrap().dtype, x),
             bias_holds: &|_, _, _| true,
-            heads: (job.model.heads / job.model.kv_heads, job.model.head_dim),
             tokens: job.ids.len(),
             quantized_inputs: true,
         };
         let folds = described.folds(job.method, &statistics).unwrap();
-        let made =
-            [folds.norms[0].is_some(), folds.v.is_some(), folds.norms[1].is_some(), folds.up.is_some()];
-        count.iter_mut().zip(made).for_each(|(count, made)| *count += made as usize);
+        let can_be = spec.sites.iter().filter(|site| site.producer != Producer::Fixed).count();
+        count[0] += (0..spec.sites.len()).filter(|&site| folds.has(site)).count();
+        count[1] += can_be;
         for (name, bytes) in rewritten(job, layer, &folds).unwrap() {
             let entry = job.checkpoint.entry(&name).unwrap();
             replace(&name, entry.dtype, &entry.shape, &bytes);
         }
-        for group in &groups {
-            let mut members = read(group.site).unwrap();
-            described.fold(group.site, &folds, &mut members).unwrap();
-            for (linear, member) in group.members.iter().zip(&members) {
+        for (site, numbers) in quantized.iter().enumerate() {
+            let mut members = read(site).unwrap();
+            described.fold(site, &folds, &mut members).unwrap();
+            for (linear, member) in numbers.iter().map(|&n| &spec.linears[n]).zip(&members) {
                 let bytes = narrow(Dtype::F32, &backend.read(member).unwrap());
                 replace(&linear.weight(), Dtype::F32, &[linear.rows, linear.cols], &bytes);
             }
@@ -200,12 +208,13 @@ fn folded_models_compute_the_same_hidden_states() {
         let states =
             |backend: &Cpu, replaced: &Replaced| hidden_states(backend, &job, replaced, &mut |_, _, _| {});
         let (mut replaced, count) = folded(&wide, &job);
-        assert!(count.iter().all(|&layers| layers > 0), "{name}: layers that fold by site: {count:?}");
+        let [inputs, can_be] = count;
+        assert!(can_be == 0 || inputs > 0, "{name}: {inputs} of {can_be} inputs are folded");
 
         let plain = states(&wide, &Replaced::new());
         let error = difference(&states(&wide, &replaced), &plain);
         // Folded biases are stored as the checkpoint stores them.
-        let rounded = job.model.attention_bias && job.inventory.compute == Compute::Bf16;
+        let rounded = job.model.linears().any(|linear| linear.bias) && job.inventory.compute == Compute::Bf16;
         assert!(error < if rounded { 2e-3 } else { 1e-5 }, "{name}: {error:e}");
 
         if job.inventory.compute == Compute::Bf16 {

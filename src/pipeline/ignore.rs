@@ -5,9 +5,7 @@ use std::collections::BTreeSet;
 use regex::Regex;
 
 use crate::error::{Error, Result};
-use crate::model::ModelConfig;
-
-const LM_HEAD: &str = "lm_head";
+use crate::model::Model;
 
 /// The modules that `patterns` leave unquantized, lm_head always among them.
 ///
@@ -16,11 +14,10 @@ const LM_HEAD: &str = "lm_head";
 ///
 /// # Errors
 /// Exit code 2: a bad expression, a pattern that matches nothing, a fused group matched in part.
-pub fn ignored_modules(model: &ModelConfig, patterns: &[String]) -> Result<BTreeSet<String>> {
-    let groups: Vec<_> = (0..model.layers).flat_map(|layer| model.groups(layer)).collect();
+pub fn ignored_modules(model: &Model, patterns: &[String]) -> Result<BTreeSet<String>> {
     let modules: Vec<&str> =
-        groups.iter().flat_map(|g| &g.members).map(|l| l.name.as_str()).chain([LM_HEAD]).collect();
-    let mut ignored = BTreeSet::from([LM_HEAD.to_string()]);
+        model.linears().map(|linear| linear.name.as_str()).chain([model.head.as_str()]).collect();
+    let mut ignored = BTreeSet::from([model.head.clone()]);
     for pattern in patterns {
         let expression = expression(pattern)?;
         let matched: Vec<&&str> = modules.iter().filter(|name| expression.is_match(name)).collect();
@@ -30,8 +27,8 @@ pub fn ignored_modules(model: &ModelConfig, patterns: &[String]) -> Result<BTree
         }
         ignored.extend(matched.into_iter().map(|name| name.to_string()));
     }
-    for group in &groups {
-        let names: Vec<&str> = group.members.iter().map(|linear| linear.name.as_str()).collect();
+    for fused in model.layers.iter().flat_map(|layer| layer.fused()) {
+        let names: Vec<&str> = fused.iter().map(|linear| linear.name.as_str()).collect();
         let hit = names.iter().filter(|name| ignored.contains(**name)).count();
         if hit != 0 && hit != names.len() {
             return Err(Error::usage(format!("--ignore leaves out a part of {}", names.join(", ")))
@@ -63,7 +60,7 @@ mod tests {
             "architectures": ["LlamaForCausalLM"], "hidden_size": 64, "intermediate_size": 128,
             "num_attention_heads": 4, "num_hidden_layers": 12, "vocab_size": 100
         });
-        let model = ModelConfig::parse(config.as_object().unwrap()).unwrap();
+        let model = Model::parse(config.as_object().unwrap(), &|_| false).unwrap();
         ignored_modules(&model, &patterns.iter().map(|p| p.to_string()).collect::<Vec<_>>())
     }
 

@@ -9,10 +9,11 @@ use super::journal::PartId;
 use super::operations::operations;
 use crate::backend::Compute;
 use crate::calibration::Sampling;
-use crate::checkpoint::{Checkpoint, Layout, OutTensor, Scheme};
+use crate::checkpoint::{Checkpoint, Entry, Layout, OutTensor, Scheme};
 use crate::error::{Error, Result};
+use crate::forward::features;
 use crate::methods::Method;
-use crate::model::{Group, ModelConfig, TensorSpec, is_dispensable};
+use crate::model::{Group, Layer, Model, TensorSpec, is_dispensable};
 use crate::nvfp4::BLOCK;
 use crate::planner::ModelCost;
 
@@ -21,7 +22,9 @@ use crate::planner::ModelCost;
 pub struct Part {
     /// Source tensors that are carried over byte for byte.
     pub copied: Vec<String>,
-    /// Fused groups to quantize.
+    /// Sites of the layer.
+    pub sites: usize,
+    /// Linears to quantize, by site.
     pub quantized: Vec<Group>,
     /// Bytes of all source tensors.
     pub source_bytes: u64,
@@ -30,6 +33,13 @@ pub struct Part {
 }
 
 impl Part {
+    /// Adds a tensor that is carried over.
+    fn add_copy(&mut self, name: &str, entry: &Entry) {
+        self.source_bytes += entry.bytes;
+        self.outputs.push(OutTensor::new(name, entry.dtype, &entry.shape));
+        self.copied.push(name.to_string());
+    }
+
     /// Bytes of everything that is written.
     pub fn output_bytes(&self) -> u64 {
         self.outputs.iter().map(OutTensor::bytes).sum()
@@ -60,7 +70,7 @@ impl Inventory {
     /// split a fused group.
     pub fn new(
         checkpoint: &Checkpoint,
-        model: &ModelConfig,
+        model: &Model,
         layout: Layout,
         scheme: Scheme,
         ignore: &[String],
@@ -70,11 +80,13 @@ impl Inventory {
         let seen = check(checkpoint, model)?;
         let ignored = super::ignore::ignored_modules(model, ignore)?;
         let builder = Builder { checkpoint, layout, scheme, ignored: &ignored };
-        let head = builder.part(&[model.embedding()], &[])?;
-        let layers = (0..model.layers)
-            .map(|layer| builder.part(&model.layer_tensors(layer), &model.groups(layer)))
-            .collect::<Result<Vec<_>>>()?;
-        let tail = builder.part(&model.tail_tensors(), &[])?;
+        let head = builder.part(std::slice::from_ref(&model.embedding), vec![])?;
+        let layer = |layer: &Layer| builder.part(&layer.tensors(), layer.groups());
+        let layers = model.layers.iter().map(layer).collect::<Result<Vec<_>>>()?;
+        let mut tail = builder.part(&model.tail_tensors(), vec![])?;
+        for (name, entry) in checkpoint.tensors.iter().filter(|(name, _)| model.is_carried(name)) {
+            tail.add_copy(name, entry);
+        }
         let all_bf16 = seen
             .iter()
             .filter_map(|name| checkpoint.tensors.get(name))
@@ -109,26 +121,34 @@ impl Inventory {
         std::iter::once(&self.head).chain(&self.layers).chain(std::iter::once(&self.tail))
     }
 
+    /// The numbers of a layer's linears that are quantized, by site.
+    pub fn numbers(&self, layer: usize) -> Vec<Vec<usize>> {
+        let mut numbers = vec![vec![]; self.layers[layer].sites];
+        for group in &self.layers[layer].quantized {
+            numbers[group.site].clone_from(&group.numbers);
+        }
+        numbers
+    }
+
     /// What the planner needs to know of this model under a method.
-    pub fn cost(&self, model: &ModelConfig, method: Method) -> ModelCost {
-        let (q, kv) = (model.heads * model.head_dim, model.kv_heads * model.head_dim);
-        // The buffers of one layer: two of the hidden size, q and attention, k and v, gate and up.
-        let row = 2 * model.hidden + 2 * q + 2 * kv + 2 * model.intermediate;
+    pub fn cost(&self, model: &Model, method: Method) -> ModelCost {
         let loaded = |specs: &[TensorSpec]| {
             let elements: usize = specs.iter().map(|spec| spec.shape.iter().product::<usize>()).sum();
             (elements * self.compute.bytes()) as u64
         };
         ModelCost {
             layer_source: self.layers.iter().map(|part| part.source_bytes).collect(),
-            layer_loaded: (0..model.layers).map(|layer| loaded(&model.layer_tensors(layer))).collect(),
+            layer_loaded: model.layers.iter().map(|layer| loaded(&layer.tensors())).collect(),
             layer_output: self.layers.iter().map(Part::output_bytes).collect(),
             head: self.head.output_bytes(),
-            head_loaded: loaded(&[model.embedding()]),
+            head_loaded: loaded(std::slice::from_ref(&model.embedding)),
             tail: self.tail.output_bytes(),
             hidden_row: (model.hidden * self.compute.bytes()) as u64,
-            workspace_row: (row * self.compute.bytes()) as u64,
-            operations: operations(model, method),
-            statistics: method.needs_statistics().then(|| statistics(model, method)),
+            workspace_row: (features(model) * self.compute.bytes()) as u64,
+            operations: model.layers.iter().map(|layer| operations(layer, method)).collect(),
+            statistics: method
+                .needs_statistics()
+                .then(|| model.layers.iter().map(|layer| statistics(layer, method)).collect()),
             lighter: Method::LIGHTER
                 .iter()
                 .skip_while(|lighter| !method.needs_products() && lighter.needs_statistics())
@@ -142,9 +162,9 @@ impl Inventory {
 /// Bytes of a layer's statistics, and of solving for its codes: site after site, each with its factor, its f32 weights
 /// (as they are, and of one member the rounding's own and those back from its codes) and sampled outputs, while the
 /// products of later sites wait.
-fn statistics(model: &ModelConfig, method: Method) -> u64 {
+fn statistics(layer: &Layer, method: Method) -> u64 {
     let (mut waiting, mut most) = (0, 0);
-    for group in model.groups(0).iter().rev() {
+    for group in layer.groups().iter().rev() {
         let n = group.members[0].cols;
         let rows = group.members.iter().map(|linear| linear.rows);
         let (all, largest) = (rows.clone().sum::<usize>(), rows.max().unwrap_or(0));
@@ -164,11 +184,15 @@ struct Builder<'a> {
 }
 
 impl Builder<'_> {
-    fn part(&self, tensors: &[TensorSpec], groups: &[Group]) -> Result<Part> {
-        let mut part = Part::default();
+    fn part(&self, tensors: &[TensorSpec], groups: Vec<Group>) -> Result<Part> {
+        let mut part = Part { sites: groups.len(), ..Part::default() };
         let mut quantized_weights = BTreeSet::new();
-        for group in groups {
-            if group.members.iter().all(|linear| self.ignored.contains(&linear.name)) {
+        for mut group in groups {
+            let pairs =
+                std::mem::take(&mut group.numbers).into_iter().zip(std::mem::take(&mut group.members));
+            (group.numbers, group.members) =
+                pairs.filter(|(_, linear)| !self.ignored.contains(&linear.name)).unzip();
+            if group.members.is_empty() {
                 continue;
             }
             for linear in &group.members {
@@ -182,14 +206,13 @@ impl Builder<'_> {
                 }
                 quantized_weights.insert(linear.weight());
             }
-            part.quantized.push(group.clone());
+            part.quantized.push(group);
         }
         for spec in tensors {
             let entry = self.checkpoint.entry(&spec.name)?;
-            part.source_bytes += entry.bytes;
-            if !quantized_weights.contains(&spec.name) {
-                part.outputs.push(OutTensor::new(&spec.name, entry.dtype, &entry.shape));
-                part.copied.push(spec.name.clone());
+            match quantized_weights.contains(&spec.name) {
+                true => part.source_bytes += entry.bytes,
+                false => part.add_copy(&spec.name, entry),
             }
         }
         for linear in part.quantized.iter().flat_map(|group| &group.members) {
@@ -202,15 +225,15 @@ impl Builder<'_> {
 
 /// Checks every tensor of the model, and that there is no other, which would be lost without a word. Returns their
 /// names.
-fn check(checkpoint: &Checkpoint, model: &ModelConfig) -> Result<BTreeSet<String>> {
-    let layers = (0..model.layers).flat_map(|layer| model.layer_tensors(layer));
-    let specs = std::iter::once(model.embedding()).chain(layers).chain(model.tail_tensors());
+fn check(checkpoint: &Checkpoint, model: &Model) -> Result<BTreeSet<String>> {
     let mut seen = BTreeSet::new();
-    for spec in specs {
+    for spec in model.tensors() {
         model.stored(checkpoint, &spec)?;
         seen.insert(spec.name);
     }
-    match checkpoint.tensors.keys().find(|name| !seen.contains(*name) && !is_dispensable(model, name)) {
+    let other =
+        |name: &&String| !seen.contains(*name) && !is_dispensable(model, name) && !model.is_carried(name);
+    match checkpoint.tensors.keys().find(other) {
         Some(name) => Err(model.beyond(checkpoint, name)),
         None => Ok(seen),
     }

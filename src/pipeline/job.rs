@@ -8,12 +8,12 @@ use super::journal::{Observed, PartId};
 use crate::calibration::{MicroBatch, Sampling};
 use crate::checkpoint::{Checkpoint, Layout};
 use crate::methods::Method;
-use crate::model::ModelConfig;
+use crate::model::Model;
 
 /// The job, the same on every rank (but for where the checkpoint lies).
 pub struct Job {
     /// The model.
-    pub model: ModelConfig,
+    pub model: Model,
     /// The source on this host.
     pub checkpoint: Checkpoint,
     /// What goes in and what comes out.

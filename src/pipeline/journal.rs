@@ -14,7 +14,6 @@ use crate::checkpoint::{JOURNAL, NEW_JOURNAL};
 use crate::error::{Error, Result};
 use crate::methods::Smoothing;
 use crate::methods::layer::Verdict;
-use crate::model::Site;
 
 /// Everything that the output's bytes depend on. Two runs with equal fingerprints write the same files.
 #[derive(Clone, Debug, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
@@ -106,8 +105,8 @@ pub struct PartRecord {
 /// What was measured of one fused group.
 #[derive(Clone, Debug, PartialEq, serde::Serialize, serde::Deserialize)]
 pub struct GroupRecord {
-    /// Where in the layer.
-    pub site: Site,
+    /// The name of its site in the layer.
+    pub site: String,
     /// `max |x|` of the input over all calibration tokens; absent where none was needed.
     pub input_amax: Option<f32>,
     /// Module names and their `max |w|`.
@@ -133,14 +132,14 @@ pub struct Chosen {
 }
 
 /// The running maxima of an unfinished layer's inputs. They don't depend on how documents were grouped.
-#[derive(Clone, Copy, Debug, PartialEq, serde::Serialize, serde::Deserialize)]
+#[derive(Clone, Debug, PartialEq, serde::Serialize, serde::Deserialize)]
 pub struct Observed {
     /// The decoder layer.
     pub layer: usize,
     /// So many documents have passed, from the first on.
     pub documents: usize,
     /// `max |x|` by site.
-    pub maxima: [f32; 4],
+    pub maxima: Vec<f32>,
 }
 
 /// A line of the journal behind the first one.
@@ -336,7 +335,7 @@ mod tests {
             part: PartId::Layer(layer),
             digests: vec![format!("digest{layer}")],
             groups: vec![GroupRecord {
-                site: Site::Qkv,
+                site: "qkv".into(),
                 input_amax: Some(0.1),
                 members: vec![("q".into(), f32::MIN_POSITIVE)],
                 chosen: None,
@@ -345,7 +344,7 @@ mod tests {
     }
 
     fn seen(layer: usize, documents: usize) -> Observed {
-        let maxima = [0.1f32, 1.0 / 3.0, f32::MIN_POSITIVE, f32::MAX].map(|x| x * 0.999);
+        let maxima = [0.1f32, 1.0 / 3.0, f32::MIN_POSITIVE, f32::MAX].map(|x| x * 0.999).to_vec();
         Observed { layer, documents, maxima }
     }
 

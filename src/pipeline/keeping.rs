@@ -68,7 +68,7 @@ impl<'a> Keeper<'a> {
     /// Prepares to keep these micro-batches, in their order, before `layer`: where they are `needed`, or where losing
     /// them would repeat `passes` through a layer and that is worth it.
     pub fn open(&self, layer: usize, micro_batches: &[usize], needed: bool, passes: usize) -> Keeping {
-        let all = self.job.model.layers * self.job.micro_batches.len();
+        let all = self.job.model.layers.len() * self.job.micro_batches.len();
         let worth = || {
             let allowed = self.started.elapsed() / SHARE + GRACE;
             !self.given_up && passes * WORTH >= all && self.held_up <= allowed

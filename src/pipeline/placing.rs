@@ -152,7 +152,7 @@ fn fits(line: &Line, inventory: &Inventory, documents: usize) -> bool {
             record.digests.len() == part.outputs.len() && record.groups.iter().all(named)
         }
         Line::Observed(Observed { layer, documents: seen, maxima }) => {
-            *layer < layers
+            inventory.layers.get(*layer).is_some_and(|layer| layer.sites == maxima.len())
                 && *seen <= documents
                 && maxima.iter().all(|amax| amax.is_finite() && *amax >= 0.0)
         }

@@ -6,15 +6,16 @@ use std::time::Instant;
 use half::bf16;
 use safetensors::Dtype;
 
-use super::operations::{operations, pairs, weights};
+use super::operations::operations;
 use crate::backend::{Backend, Channels, Compute, Gathered, OnBackend, Solver};
-use crate::calibration::Sampling;
+use crate::calibration::{Sampling, pairs};
 use crate::checkpoint::SourceTensor;
 use crate::error::Result;
+use crate::forward::{Batch, Decoder, LayerWeights, Tables, Workspace};
 use crate::methods::layer::Layer;
 use crate::methods::{Method, SiteStatistics, quantize_linear, weight_amax};
-use crate::model::{Batch, Decoder, LayerWeights, ModelConfig, Site};
-use crate::nvfp4::{BLOCK, GlobalScale, QuantizedLinear};
+use crate::model::{Model, Norm, Site};
+use crate::nvfp4::{GlobalScale, QuantizedLinear};
 
 /// Rates in FLOP/s.
 #[derive(Clone, Copy, Debug, serde::Serialize, serde::Deserialize)]
@@ -30,7 +31,7 @@ pub struct Rates {
 /// What is measured.
 pub struct Probe<'a> {
     /// The model.
-    pub model: &'a ModelConfig,
+    pub model: &'a Model,
     /// How codes are chosen.
     pub method: Method,
     /// Whether inputs are quantized when served.
@@ -63,25 +64,26 @@ impl OnBackend for Probe<'_> {
 
     fn run<B: Solver>(self, backend: &B) -> Result<Rates> {
         let lengths = self.documents();
-        let model = shrunk(self.model, WEIGHTS * self.tokens);
-        let counted = operations(&model, self.method);
+        let model = self.model.shrunk(WEIGHTS * self.tokens);
+        let counted = operations(&model.layers[0], self.method);
         let tokens = lengths.iter().sum::<usize>() as f64;
-        let forward = counted.forward(tokens as u64, pairs(&model, &lengths));
+        let forward = tokens * counted.token + pairs(counted.window, &lengths) as f64 * counted.pair;
         let mut layer = Sample::new(backend, &model, &lengths)?;
         let seconds = fastest(|| layer.pass(&mut |_, _| Ok(())))?;
         let mut rates = Rates { forward: forward / seconds, statistics: forward / seconds, solving: 0.0 };
         if self.method.needs_statistics() {
             let mut sums = layer.sums(self.method)?;
-            let seconds = fastest(|| layer.pass(&mut |site, x| add(backend, x, &mut sums[site as usize])))?;
+            let seconds = fastest(|| layer.pass(&mut |site, x| add(backend, x, &mut sums[site])))?;
             rates.statistics = (forward + tokens * counted.statistics) / seconds;
         }
         if self.method.needs_statistics() {
             // A GPU's kernels are compiled when they are first needed.
-            Sample::new(backend, &shrunk(self.model, 1), &lengths)?.solve(&self)?;
+            Sample::new(backend, &self.model.shrunk(1), &lengths)?.solve(&self)?;
         }
+        let all = self.model.layers[self.model.largest_layer()].weights();
         let mut most = WEIGHTS * self.tokens / SMALLER;
         loop {
-            let small = shrunk(self.model, most);
+            let small = self.model.shrunk(most);
             let mut layer = Sample::new(backend, &small, &lengths)?;
             let mut seconds =
                 if self.method.needs_statistics() { layer.solve(&self)? } else { layer.round()? };
@@ -89,13 +91,9 @@ impl OnBackend for Probe<'_> {
                 // A library loads its kernels for a shape when it is first asked for.
                 seconds = seconds.min(layer.solve(&self)?);
             }
-            rates.solving = operations(&small, self.method).solving / seconds;
+            rates.solving = operations(&small.layers[0], self.method).solving / seconds;
             // A GPU only shows what it can do with a layer that keeps it busy.
-            if !self.method.needs_statistics()
-                || seconds > ENOUGH
-                || most > LARGEST
-                || most >= weights(self.model)
-            {
+            if !self.method.needs_statistics() || seconds > ENOUGH || most > LARGEST || most >= all {
                 return Ok(rates);
             }
             most *= LARGER;
@@ -120,28 +118,6 @@ impl Probe<'_> {
     }
 }
 
-/// A model of the same proportions whose layer has about as many `weights`, or the model where it has fewer. Inputs of
-/// all its linears are whole blocks, also where those of the model are not, which `--ignore` allows.
-fn shrunk(model: &ModelConfig, most: usize) -> ModelConfig {
-    let factor = (weights(model) as f64 / most as f64).sqrt().max(1.0);
-    let whole = Site::ALL.iter().all(|&site| model.site_features(site).is_multiple_of(BLOCK));
-    if factor == 1.0 && whole {
-        return model.clone();
-    }
-    let share = |n: usize, unit: usize| ((n as f64 / factor / unit as f64).round() as usize).max(1) * unit;
-    // So many heads are whole blocks together: 16 divided by what it has in common with the size of a head, which is
-    // a power of two.
-    let unit = BLOCK >> model.head_dim.trailing_zeros().min(BLOCK.trailing_zeros());
-    let kv_heads = share(model.kv_heads, unit);
-    ModelConfig {
-        hidden: share(model.hidden, BLOCK),
-        intermediate: share(model.intermediate, BLOCK),
-        heads: share(model.heads, 1).div_ceil(kv_heads) * kv_heads,
-        kv_heads,
-        ..model.clone()
-    }
-}
-
 /// The shortest of a few: what else runs on the machine at start should not decide the plan.
 fn fastest(mut once: impl FnMut() -> Result<()>) -> Result<f64> {
     once()?;
@@ -162,20 +138,20 @@ fn add<B: Backend>(backend: &B, x: &B::Tensor, (sums, products): &mut (B::Sums, 
 /// A layer, hidden states to walk through it, and what they need.
 struct Sample<'a, B: Backend> {
     backend: &'a B,
-    model: &'a ModelConfig,
+    model: &'a Model,
     decoder: Decoder<'a, B>,
     batch: Batch<B>,
     weights: LayerWeights<B::Tensor>,
-    work: crate::model::Workspace<B::Tensor>,
+    work: Workspace<B::Tensor>,
     x: B::Tensor,
 }
 
 impl<'a, B: Solver> Sample<'a, B> {
-    fn new(backend: &'a B, model: &'a ModelConfig, lengths: &[usize]) -> Result<Sample<'a, B>> {
-        let table = model.rope.table(lengths);
-        let decoder = Decoder::new(backend, model, &table)?;
-        let batch = decoder.batch(&table, 0, lengths)?;
-        let tensors = model.layer_tensors(0);
+    fn new(backend: &'a B, model: &'a Model, lengths: &[usize]) -> Result<Sample<'a, B>> {
+        let tables = Tables::new(model, lengths);
+        let decoder = Decoder::new(backend, model, &tables)?;
+        let batch = decoder.batch(&tables, 0, lengths)?;
+        let tensors = model.layers[0].tensors();
         let source = |name: &str| {
             let spec = tensors.iter().find(|spec| spec.name == name).expect("a tensor of the layer");
             let (elements, cols) = (spec.shape.iter().product(), *spec.shape.last().unwrap_or(&1));
@@ -189,16 +165,18 @@ impl<'a, B: Solver> Sample<'a, B> {
         };
         let mut x = backend.activation(batch.tokens, model.hidden)?;
         backend.upload(&noise(backend, batch.tokens * model.hidden, 0.0, 1.0), &mut x)?;
-        let weights = LayerWeights::load(backend, model, 0, &source)?;
+        let weights = LayerWeights::load(backend, &model.layers[0], &source)?;
         let work = decoder.workspace(batch.tokens)?;
         Ok(Sample { backend, model, decoder, batch, weights, work, x })
     }
 
     /// One pass, waited for.
-    fn pass(&mut self, take: &mut dyn FnMut(Site, &B::Tensor) -> Result<()>) -> Result<()> {
-        let mut maxima = self.backend.amax(Site::ALL.len())?;
-        self.decoder.layer(&self.weights, &self.batch, &mut self.work, &mut self.x, &mut |site, x| {
-            self.backend.observe(x, &mut maxima, site as usize)?;
+    fn pass(&mut self, take: &mut dyn FnMut(usize, &B::Tensor) -> Result<()>) -> Result<()> {
+        let layer = &self.model.layers[0];
+        let mut maxima = self.backend.amax(layer.sites.len())?;
+        let (weights, batch, work, x) = (&self.weights, &self.batch, &mut self.work, &mut self.x);
+        self.decoder.layer(layer, weights, batch, work, x, &mut |site, x| {
+            self.backend.observe(x, &mut maxima, site)?;
             take(site, x)
         })?;
         self.backend.read_amax(&maxima).map(|_| ())
@@ -207,9 +185,8 @@ impl<'a, B: Solver> Sample<'a, B> {
     fn sums(&self, method: Method) -> Result<Vec<(B::Sums, bool)>> {
         let products = method.needs_products();
         let sampled = [self.batch.tokens.min(Sampling::ROWS); 2];
-        let sums =
-            |site| Ok((self.backend.sums(self.model.site_features(site), products, sampled)?, products));
-        Site::ALL.into_iter().map(sums).collect()
+        let sums = |site: &Site| Ok((self.backend.sums(site.features, products, sampled)?, products));
+        self.model.layers[0].sites.iter().map(sums).collect()
     }
 
     /// Chooses the layer's codes by its statistics; returns the seconds.
@@ -219,8 +196,8 @@ impl<'a, B: Solver> Sample<'a, B> {
         let sampled: Vec<u32> = (0..self.batch.tokens.min(Sampling::ROWS) as u32).collect();
         let index = backend.index(&sampled)?;
         self.pass(&mut |site, x| {
-            add(backend, x, &mut sums[site as usize])?;
-            (0..2).try_for_each(|role| backend.add_rows(x, &index, role, &mut sums[site as usize].0))
+            add(backend, x, &mut sums[site])?;
+            (0..2).try_for_each(|role| backend.add_rows(x, &index, role, &mut sums[site].0))
         })?;
         let mut statistics = Vec::new();
         for (sums, _) in sums {
@@ -230,18 +207,21 @@ impl<'a, B: Solver> Sample<'a, B> {
             let Channels { amax, squares } = channels;
             statistics.push(SiteStatistics { products, fit, held_out, amax, squares });
         }
-        let Ok(mut statistics) = <[_; 4]>::try_from(statistics) else { unreachable!("there are four sites") };
-        let read = |site: Site| {
-            self.weights.linears[site as usize].iter().map(|l| backend.widen(&l.weight)).collect()
+        let spec = &model.layers[0];
+        let quantized: Vec<Vec<usize>> = spec.sites.iter().map(|site| site.members.clone()).collect();
+        let read = |site: usize| {
+            let weight = |&number: &usize| backend.widen(&self.weights.linears[number].weight);
+            quantized[site].iter().map(weight).collect()
         };
+        let ones = |norm: &Norm| norm.weight.as_ref().map(|spec| vec![1.0; spec.shape.iter().product()]);
         let layer = Layer {
             solver: backend,
-            quantized: [true; 4],
+            spec,
+            quantized: &quantized,
             weights: &read,
-            norms: [vec![1.0; model.hidden], vec![1.0; model.hidden]],
-            round_norm: &|x| x,
+            norms: spec.norms.iter().map(ones).collect(),
+            round_norm: &|_, x| x,
             bias_holds: &|_, _, _| true,
-            heads: (model.heads / model.kv_heads, model.head_dim),
             // As many as a Hessian is trusted with.
             tokens: usize::MAX / 2,
             quantized_inputs: probe.quantized_inputs,
@@ -254,16 +234,17 @@ impl<'a, B: Solver> Sample<'a, B> {
 
     /// Rounds the layer's weights with max scales; returns the seconds.
     fn round(&mut self) -> Result<f64> {
-        let groups = self.model.groups(0);
+        let groups = self.model.layers[0].groups();
         let mut spare = QuantizedLinear::default();
         fastest(|| {
-            for (group, linears) in groups.iter().zip(&self.weights.linears) {
-                let maxima = weight_amax(self.backend, linears)?;
+            for group in &groups {
+                let linears = || group.numbers.iter().map(|&number| &self.weights.linears[number]);
+                let maxima = weight_amax(self.backend, linears())?;
                 let global = GlobalScale::from_amax(maxima.into_iter().fold(0.0, f32::max));
-                for (spec, linear) in group.members.iter().zip(linears) {
+                for (spec, linear) in group.members.iter().zip(linears()) {
                     let elements = spec.rows * spec.cols;
-                    spare =
-                        quantize_linear(self.backend, linear, elements, global, std::mem::take(&mut spare))?;
+                    let lent = std::mem::take(&mut spare);
+                    spare = quantize_linear(self.backend, linear, elements, global, lent)?;
                 }
             }
             Ok(())
@@ -291,17 +272,15 @@ fn noise<B: Backend>(backend: &B, elements: usize, mean: f32, scale: f32) -> Vec
 
 #[cfg(test)]
 mod tests {
-    use proptest::prelude::*;
-
     use super::*;
     use crate::backend::cpu::Cpu;
 
-    fn model() -> ModelConfig {
+    fn model() -> Model {
         let config = serde_json::json!({
             "architectures": ["LlamaForCausalLM"], "hidden_size": 128, "intermediate_size": 192,
             "num_attention_heads": 8, "num_key_value_heads": 2, "num_hidden_layers": 3, "vocab_size": 128,
         });
-        ModelConfig::parse(config.as_object().unwrap()).unwrap()
+        Model::parse(config.as_object().unwrap(), &|_| false).unwrap()
     }
 
     #[test]
@@ -318,42 +297,6 @@ mod tests {
             for rate in [forward, statistics, solving] {
                 assert!(rate.is_finite() && rate > 0.0, "{method} {compute:?}: {rate}");
             }
-        }
-    }
-
-    #[test]
-    fn a_shrunk_model_keeps_its_proportions() {
-        let large = ModelConfig {
-            hidden: 12288,
-            intermediate: 28672,
-            heads: 96,
-            kv_heads: 8,
-            head_dim: 128,
-            ..model()
-        };
-        let small = shrunk(&large, weights(&large) / 64);
-        assert_eq!((small.hidden, small.intermediate, small.heads, small.kv_heads), (1536, 3584, 12, 1));
-        assert_eq!(shrunk(&large, usize::MAX), large);
-    }
-
-    proptest! {
-        #[test]
-        fn a_made_up_layer_has_whole_blocks_and_whole_groups_of_heads_for_every_model(
-            kv_heads in 1usize..=40, queries in 1usize..=16, half in 1usize..=128,
-            hidden in 1usize..=2000, intermediate in 1usize..=4000, shift in 0u32..40,
-        ) {
-            let (heads, head_dim) = (kv_heads * queries, 2 * half);
-            let model = ModelConfig { hidden, intermediate, heads, kv_heads, head_dim, ..model() };
-            let small = shrunk(&model, 1 << shift);
-            prop_assert!(small.heads.is_multiple_of(small.kv_heads));
-            prop_assert_eq!(small.head_dim, head_dim);
-            for site in Site::ALL {
-                prop_assert!(small.site_features(site) > 0);
-                prop_assert!(small.site_features(site).is_multiple_of(BLOCK), "{site:?}: {small:?}");
-            }
-            // What shares can be rounded up to: a block, and heads that are whole blocks.
-            let least = ModelConfig { hidden: 16, intermediate: 16, heads: 8, kv_heads: 8, ..model.clone() };
-            prop_assert!(weights(&small) <= 8 * (weights(&model).min(1 << shift) + weights(&least)), "{small:?}");
         }
     }
 }

@@ -23,7 +23,7 @@ use crate::checkpoint::{
 };
 use crate::cluster::Cluster;
 use crate::error::{Error, Result};
-use crate::model::ModelConfig;
+use crate::model::Model;
 use crate::planner::{Mode, Plan};
 use crate::report::{self, Phases, Progress, RankReport, RunReport, Timeline};
 use crate::threads;
@@ -242,7 +242,7 @@ fn tell(what: &impl std::fmt::Display) {
     }
 }
 
-fn calibrate(cluster: &Cluster, options: &Options, model: &ModelConfig) -> Result<Calibration> {
+fn calibrate(cluster: &Cluster, options: &Options, model: &Model) -> Result<Calibration> {
     if !options.plan.calibrates() {
         return Ok(Calibration::default());
     }

@@ -24,7 +24,7 @@ use crate::backend::Solver;
 use crate::checkpoint::OutputFiles;
 use crate::cluster::Frame;
 use crate::error::{Error, Result};
-use crate::model::LayerWeights;
+use crate::forward::LayerWeights;
 use crate::planner::Mode;
 use crate::report::{Phases, Timeline};
 use crate::threads;
@@ -114,7 +114,7 @@ impl<B: Solver> Stage<'_, B> {
     /// The parts of this rank that have nothing to quantize.
     fn copied(&self) -> Vec<PartId> {
         let head = (self.slice.start == 0).then_some(PartId::Head);
-        let tail = (self.slice.end == self.job.model.layers).then_some(PartId::Tail);
+        let tail = (self.slice.end == self.job.model.layers.len()).then_some(PartId::Tail);
         head.into_iter().chain(tail).collect()
     }
 
@@ -134,7 +134,7 @@ impl<B: Solver> Stage<'_, B> {
 
     pub(super) fn load(&self, layer: usize) -> Result<LayerWeights<B::Tensor>> {
         let source = |name: &str| self.job.checkpoint.tensor(name);
-        LayerWeights::load(self.backend, &self.job.model, layer, &source)
+        LayerWeights::load(self.backend, &self.job.model.layers[layer], &source)
     }
 
     /// Walks micro-batches through the slice. Methods that need all of a layer's statistics can't finish a layer while

@@ -4,7 +4,7 @@ use super::job::Job;
 use crate::backend::{Channels, Gathered, Solver};
 use crate::error::Result;
 use crate::methods::SiteStatistics;
-use crate::model::{ModelConfig, Site};
+use crate::model::{Layer, Site};
 
 /// The roles of one micro-batch's tokens, as row numbers inside it.
 struct Roles<I> {
@@ -27,7 +27,7 @@ pub struct Gathering<'a, B: Solver> {
 
 /// The statistics of one layer by site, in the making.
 pub struct LayerSums<B: Solver> {
-    sites: [B::Sums; 4],
+    sites: Vec<B::Sums>,
 }
 
 impl<'a, B: Solver> Gathering<'a, B> {
@@ -65,23 +65,22 @@ impl<'a, B: Solver> Gathering<'a, B> {
     }
 
     /// Empty statistics for one layer.
-    pub fn layer(&self, model: &ModelConfig) -> Result<LayerSums<B>> {
-        let site = |site: Site| self.backend.sums(model.site_features(site), self.products, self.sampled);
-        let [a, b, c, d] = Site::ALL;
-        Ok(LayerSums { sites: [site(a)?, site(b)?, site(c)?, site(d)?] })
+    pub fn layer(&self, layer: &Layer) -> Result<LayerSums<B>> {
+        let sums = |site: &Site| self.backend.sums(site.features, self.products, self.sampled);
+        Ok(LayerSums { sites: layer.sites.iter().map(sums).collect::<Result<_>>()? })
     }
 
     /// Takes the input of a site that micro-batch `number` brings.
     pub fn take(
         &self,
         number: usize,
-        site: Site,
+        site: usize,
         x: &B::Tensor,
         cols: usize,
         layer: &mut LayerSums<B>,
     ) -> Result<()> {
         let roles = &self.roles[number];
-        let sums = &mut layer.sites[site as usize];
+        let sums = &mut layer.sites[site];
         self.backend.add_channels(x, sums)?;
         if self.products {
             match &roles.fit {
@@ -99,15 +98,14 @@ impl<'a, B: Solver> Gathering<'a, B> {
     }
 
     /// Reads the finished statistics of a layer.
-    pub fn finish(&self, layer: LayerSums<B>) -> Result<[SiteStatistics<B::Matrix>; 4]> {
+    pub fn finish(&self, layer: LayerSums<B>) -> Result<Vec<SiteStatistics<B::Matrix>>> {
         let site = |sums: B::Sums| -> Result<SiteStatistics<B::Matrix>> {
             let Channels { amax, squares } = self.backend.read_channels(&sums)?;
             let Gathered { products, rows: [fit, judge] } = self.backend.gathered(sums)?;
             let held_out = (self.sampled[1] > 0).then_some(judge);
             Ok(SiteStatistics { products, fit, held_out, amax, squares })
         };
-        let [a, b, c, d] = layer.sites;
-        Ok([site(a)?, site(b)?, site(c)?, site(d)?])
+        layer.sites.into_iter().map(site).collect()
     }
 
     /// Some rows of `x`, in their order.

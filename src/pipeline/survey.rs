@@ -4,15 +4,15 @@ use std::path::PathBuf;
 
 use super::devices::open_device;
 use super::inventory::Inventory;
-use super::operations::pairs;
 use super::probe::{Probe, Rates};
 use crate::backend::{Device, DeviceChoice};
+use crate::calibration::pairs;
 use crate::calibration::{MicroBatch, micro_batches};
 use crate::checkpoint::{Checkpoint, Layout, Scheme};
 use crate::cluster::{Cluster, Machine};
 use crate::error::{Error, Result};
 use crate::methods::Method;
-use crate::model::ModelConfig;
+use crate::model::Model;
 use crate::planner::{ASSUMED_LINK, AssumedMachine, Node, Plan, Work, plan};
 use crate::units::binary;
 
@@ -51,7 +51,7 @@ pub struct Survey {
     /// The source on this host.
     pub checkpoint: Checkpoint,
     /// The model.
-    pub model: ModelConfig,
+    pub model: Model,
     /// What goes in and what comes out.
     pub inventory: Inventory,
     /// Digest of a sample of the weights, by part of the model.
@@ -76,7 +76,7 @@ pub struct Survey {
 pub fn survey(
     cluster: &Cluster,
     options: &PlanOptions,
-    lengths: impl FnOnce(&ModelConfig) -> Result<Vec<usize>>,
+    lengths: impl FnOnce(&Model) -> Result<Vec<usize>>,
 ) -> Result<Survey> {
     let opened = cluster.agree(cluster.attend(|| open(options)))?;
     let (checkpoint, model, inventory) = opened;
@@ -213,7 +213,7 @@ pub fn foresee(
     options: &PlanOptions,
     machines: &[AssumedMachine],
     links: &[f64],
-    lengths: impl FnOnce(&ModelConfig) -> Result<Vec<usize>>,
+    lengths: impl FnOnce(&Model) -> Result<Vec<usize>>,
 ) -> Result<Plan> {
     let (_, model, inventory) = open_or_describe(options)?;
     let lengths = lengths(&model)?;
@@ -229,10 +229,10 @@ pub fn foresee(
     plan(&nodes, &inventory.cost(&model, options.method), &work, options.layers_per_rank.as_deref())
 }
 
-fn work(options: &PlanOptions, model: &ModelConfig, lengths: &[usize], batches: &[MicroBatch]) -> Work {
+fn work(options: &PlanOptions, model: &Model, lengths: &[usize], batches: &[MicroBatch]) -> Work {
     Work {
         documents: lengths.len(),
-        pairs: pairs(model, lengths),
+        pairs: model.windows().into_iter().map(|window| (window, pairs(window, lengths))).collect(),
         tokens: lengths.iter().sum::<usize>() as u64,
         micro_batches: batches.len(),
         micro_batch_tokens: batches
@@ -245,29 +245,28 @@ fn work(options: &PlanOptions, model: &ModelConfig, lengths: &[usize], batches: 
     }
 }
 
-fn open(options: &PlanOptions) -> Result<(Checkpoint, ModelConfig, Inventory)> {
+fn open(options: &PlanOptions) -> Result<(Checkpoint, Model, Inventory)> {
     let checkpoint = Checkpoint::open(&options.model)?;
-    let model = ModelConfig::of(&checkpoint)?;
+    let model = Model::of(&checkpoint)?;
     listed(checkpoint, model, options)
 }
 
-fn open_or_describe(options: &PlanOptions) -> Result<(Checkpoint, ModelConfig, Inventory)> {
+fn open_or_describe(options: &PlanOptions) -> Result<(Checkpoint, Model, Inventory)> {
     let (config, has_weights) = Checkpoint::config(&options.model)?;
     if has_weights {
         return open(options);
     }
-    let model = ModelConfig::parse(&config).map_err(|error| error.file(options.model.join("config.json")))?;
-    let layers = (0..model.layers).flat_map(|layer| model.layer_tensors(layer));
-    let tensors = std::iter::once(model.embedding()).chain(layers).chain(model.tail_tensors());
-    let shapes = tensors.map(|spec| (spec.name, spec.shape)).collect();
+    let model =
+        Model::parse(&config, &|_| false).map_err(|error| error.file(options.model.join("config.json")))?;
+    let shapes = model.tensors().map(|spec| (spec.name, spec.shape)).collect();
     listed(Checkpoint::described(&options.model, config, shapes), model, options)
 }
 
 fn listed(
     checkpoint: Checkpoint,
-    model: ModelConfig,
+    model: Model,
     options: &PlanOptions,
-) -> Result<(Checkpoint, ModelConfig, Inventory)> {
+) -> Result<(Checkpoint, Model, Inventory)> {
     let inventory = Inventory::new(&checkpoint, &model, options.layout, options.scheme, &options.ignore)?;
     Ok((checkpoint, model, inventory))
 }

@@ -12,13 +12,13 @@ use super::stage::{Stage, finisher_ended, send};
 use super::statistics::{Gathering, LayerSums};
 use crate::backend::Solver;
 use crate::error::Result;
-use crate::model::{LayerWeights, Site};
+use crate::forward::LayerWeights;
 use crate::planner::Mode;
 
 /// A sweep over a stage's slice.
 pub trait Sweep<B: Solver> {
     /// Takes a site's input.
-    fn observe(&mut self, layer: usize, micro_batch: usize, site: Site, x: &B::Tensor) -> Result<()>;
+    fn observe(&mut self, layer: usize, micro_batch: usize, site: usize, x: &B::Tensor) -> Result<()>;
     /// Whether a layer is wanted when every micro-batch has passed it.
     fn completes(&self, layer: usize) -> bool;
     /// May take the weights of a layer that some micro-batches are still to pass; the receiver hears nothing, and ends
@@ -36,6 +36,8 @@ pub trait Sweep<B: Solver> {
 pub struct Maxima<'a, B: Solver> {
     stage: &'a Stage<'a, B>,
     amax: B::Amax,
+    /// The slot of the first site of each layer of the slice, and that behind the last one.
+    slots: Vec<usize>,
     /// Layers whose weights the finisher has.
     given: HashSet<usize>,
     /// Documents that rank 0 has been told of, through the whole slice.
@@ -48,25 +50,29 @@ const NEWS: usize = 64;
 
 impl<'a, B: Solver> Maxima<'a, B> {
     pub fn new(stage: &'a Stage<'a, B>, finisher: &'a Sender<Finished<B>>) -> Result<Maxima<'a, B>> {
-        let amax = stage.backend.amax(stage.slice.len() * Site::ALL.len())?;
-        Ok(Maxima { stage, amax, given: HashSet::new(), told: 0, finisher })
+        let layers = &stage.job.model.layers[stage.slice.clone()];
+        let mut slots = vec![0];
+        for layer in layers {
+            slots.push(slots[slots.len() - 1] + layer.sites.len());
+        }
+        let amax = stage.backend.amax(slots[layers.len()])?;
+        Ok(Maxima { stage, amax, slots, given: HashSet::new(), told: 0, finisher })
     }
 
     /// `max |x|` by site of a layer, an earlier process's included, from all that were read.
-    fn maxima(&self, read: &[f32], layer: usize) -> [f32; 4] {
-        let slot = (layer - self.stage.slice.start) * Site::ALL.len();
-        let before = self.stage.job.observed.get(&layer).map_or([0.0; 4], |observed| observed.maxima);
+    fn maxima(&self, read: &[f32], layer: usize) -> Vec<f32> {
+        let place = layer - self.stage.slice.start;
+        let now = &read[self.slots[place]..self.slots[place + 1]];
+        let Some(before) = self.stage.job.observed.get(&layer) else { return now.to_vec() };
         // What was recorded is finite; a NaN of now must stay one.
-        std::array::from_fn(|site| {
-            let now = read[slot + site];
-            if now < before[site] { before[site] } else { now }
-        })
+        let largest = |(&now, &before): (&f32, &f32)| if now < before { before } else { now };
+        now.iter().zip(&before.maxima).map(largest).collect()
     }
 }
 
 impl<B: Solver> Sweep<B> for Maxima<'_, B> {
-    fn observe(&mut self, layer: usize, _: usize, site: Site, x: &B::Tensor) -> Result<()> {
-        let slot = (layer - self.stage.slice.start) * Site::ALL.len() + site as usize;
+    fn observe(&mut self, layer: usize, _: usize, site: usize, x: &B::Tensor) -> Result<()> {
+        let slot = self.slots[layer - self.stage.slice.start] + site;
         self.stage.backend.observe(x, &mut self.amax, slot)
     }
 
@@ -132,7 +138,7 @@ impl<B: Solver> Sweep<B> for Maxima<'_, B> {
 pub struct Forward;
 
 impl<B: Solver> Sweep<B> for Forward {
-    fn observe(&mut self, _: usize, _: usize, _: Site, _: &B::Tensor) -> Result<()> {
+    fn observe(&mut self, _: usize, _: usize, _: usize, _: &B::Tensor) -> Result<()> {
         Ok(())
     }
 
@@ -165,16 +171,16 @@ impl<'a, B: Solver> Statistics<'a, B> {
 }
 
 impl<B: Solver> Sweep<B> for Statistics<'_, B> {
-    fn observe(&mut self, layer: usize, micro_batch: usize, site: Site, x: &B::Tensor) -> Result<()> {
+    fn observe(&mut self, layer: usize, micro_batch: usize, site: usize, x: &B::Tensor) -> Result<()> {
         let job = self.stage.job;
         if job.is_finished(PartId::Layer(layer)) {
             return Ok(());
         }
         if self.sums.is_none() {
-            self.sums = Some(self.gathering.layer(&job.model)?);
+            self.sums = Some(self.gathering.layer(&job.model.layers[layer])?);
         }
         let sums = self.sums.as_mut().expect("just made");
-        self.gathering.take(micro_batch, site, x, job.model.site_features(site), sums)
+        self.gathering.take(micro_batch, site, x, job.model.layers[layer].sites[site].features, sums)
     }
 
     fn completes(&self, layer: usize) -> bool {
@@ -185,7 +191,7 @@ impl<B: Solver> Sweep<B> for Statistics<'_, B> {
         let Some(sums) = self.sums.take() else { return Ok(()) };
         // One layer's statistics at a time: they are larger than its weights.
         let (weights, given_back) = Lent::awaited(weights);
-        let statistics = Box::new(self.gathering.finish(sums)?);
+        let statistics = self.gathering.finish(sums)?;
         send(self.finisher, Finished::Chosen { layer, statistics, weights })?;
         let _ = given_back.recv();
         Ok(())

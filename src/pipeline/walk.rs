@@ -16,7 +16,7 @@ use super::sweeps::{Forward, Maxima, Statistics, Sweep};
 use super::visits::{Visit, visits};
 use crate::backend::{Backend, Solver};
 use crate::error::{Error, Result};
-use crate::model::{Batch, Decoder, LayerWeights, Site};
+use crate::forward::{Batch, Decoder, LayerWeights, Tables};
 use crate::planner::Mode;
 use crate::report::Work;
 use crate::threads;
@@ -84,12 +84,12 @@ struct Course<'a> {
 impl<'a, B: Solver> Walk<'a, B> {
     pub fn new(stage: &'a Stage<'a, B>, crossing: Crossing<B>) -> Result<Walk<'a, B>> {
         let job = stage.job;
-        let table = job.model.rope.table(&job.lengths);
-        let decoder = Decoder::new(stage.backend, &job.model, &table)?;
+        let tables = Tables::new(&job.model, &job.lengths);
+        let decoder = Decoder::new(stage.backend, &job.model, &tables)?;
         let batches: Vec<Batch<B>> = job
             .micro_batches
             .iter()
-            .map(|mb| decoder.batch(&table, mb.samples.start, &job.lengths[mb.samples.clone()]))
+            .map(|mb| decoder.batch(&tables, mb.samples.start, &job.lengths[mb.samples.clone()]))
             .collect::<Result<_>>()?;
         let most = batches.iter().map(|batch| batch.tokens).max().unwrap_or(0);
         let captured = batches.iter().map(|_| None).collect();
@@ -237,8 +237,9 @@ impl<'a, B: Solver> Walk<'a, B> {
                 let route = visit.route(course.routes, i);
                 if let (true, Some(weights)) = (route.passes(visit.layer), &weights) {
                     let start = stage.backend.moment()?;
-                    let mut observe = |site: Site, x: &mut B::Tensor| sweep.observe(visit.layer, i, site, x);
-                    self.decoder.layer(weights, &self.batches[i], &mut work, state, &mut observe)?;
+                    let mut observe = |site: usize, x: &mut B::Tensor| sweep.observe(visit.layer, i, site, x);
+                    let layer = &stage.job.model.layers[visit.layer];
+                    self.decoder.layer(layer, weights, &self.batches[i], &mut work, state, &mut observe)?;
                     let end = stage.backend.moment()?;
                     passing.push(Pass { layer: visit.layer, micro_batch: i, start, end });
                     stage.outbox.event(Event::Walked { layer: visit.layer })?;
@@ -351,6 +352,9 @@ impl<'a, B: Solver> Walk<'a, B> {
         if route.enter == layer && !route.kept {
             let started = Instant::now();
             self.crossing.enter(stage.backend, i, state)?;
+            if layer == 0 {
+                self.decoder.embedded(state)?;
+            }
             self.waited += started.elapsed().as_secs_f64();
             return Ok(());
         }

@@ -23,11 +23,11 @@ pub struct ModelCost {
     pub hidden_row: u64,
     /// Bytes of one token's intermediate results inside a layer.
     pub workspace_row: u64,
-    /// What one layer has to compute.
-    pub operations: Operations,
-    /// Bytes of a layer's statistics and of solving for its codes, where the method needs them: then all
+    /// What each decoder layer has to compute.
+    pub operations: Vec<Operations>,
+    /// Bytes of each layer's statistics and of solving for its codes, where the method needs them: then all
     /// micro-batches pass a layer before the next, and their hidden states wait in memory.
-    pub statistics: Option<u64>,
+    pub statistics: Option<Vec<u64>>,
     /// The same model under methods that need less memory, by their names on the command line.
     pub lighter: Vec<(String, ModelCost)>,
 }
@@ -39,6 +39,8 @@ pub struct Operations {
     pub token: f64,
     /// Of attention, for a token and one that it sees.
     pub pair: f64,
+    /// Tokens that a token sees at most, itself included; none where it sees all before it.
+    pub window: Option<usize>,
     /// Of the statistics, for one token.
     pub statistics: f64,
     /// Of choosing codes, for the whole layer.
@@ -46,9 +48,9 @@ pub struct Operations {
 }
 
 impl Operations {
-    /// Of `tokens` in documents where `pairs` tokens see each other.
-    pub fn forward(&self, tokens: u64, pairs: u64) -> f64 {
-        tokens as f64 * self.token + pairs as f64 * self.pair
+    /// Of the forward pass over all documents.
+    pub fn forward(&self, work: &Work) -> f64 {
+        work.tokens as f64 * self.token + work.pairs(self.window) as f64 * self.pair
     }
 }
 
@@ -59,8 +61,8 @@ pub struct Work {
     pub documents: usize,
     /// Calibration tokens.
     pub tokens: u64,
-    /// Pairs of a token and one that it sees, itself included.
-    pub pairs: u64,
+    /// Pairs of a token and one that it sees, itself included, for each window that layers of the model have.
+    pub pairs: Vec<(Option<usize>, u64)>,
     /// Micro-batches that they are packed into.
     pub micro_batches: usize,
     /// Tokens of the largest micro-batch.
@@ -138,6 +140,9 @@ pub struct Slice {
     tail: u64,
     largest_loaded: u64,
     largest_output: u64,
+    largest_statistics: u64,
+    /// What its layers compute, and how many of them compute the same.
+    operations: Vec<(Operations, Time)>,
 }
 
 /// Libraries, code, thread stacks, MPI's buffers: what a rank needs before the first layer.
@@ -172,11 +177,16 @@ impl Work {
         Work {
             documents,
             tokens: share(self.tokens),
-            pairs: share(self.pairs),
+            pairs: self.pairs.iter().map(|&(window, pairs)| (window, share(pairs))).collect(),
             micro_batches: share(self.micro_batches as u64) as usize,
             micro_batch_tokens: self.micro_batch_tokens.min(share(self.tokens)),
             ..self.clone()
         }
+    }
+
+    /// Pairs of a token and one that it sees through a window.
+    pub fn pairs(&self, window: Option<usize>) -> u64 {
+        self.pairs.iter().find(|(known, _)| *known == window).map_or(0, |(_, pairs)| *pairs)
     }
 
     /// Groups of `group` micro-batches.
@@ -205,8 +215,24 @@ impl ModelCost {
             tail,
             largest_loaded: largest(&self.layer_loaded),
             largest_output: largest(&self.layer_output),
+            largest_statistics: self.statistics.as_ref().map_or(0, |bytes| largest(bytes)),
+            operations: self.operations_of(&layers),
             layers,
         }
+    }
+}
+
+impl ModelCost {
+    /// What layers compute, and how many of them compute the same.
+    fn operations_of(&self, layers: &Range<usize>) -> Vec<(Operations, Time)> {
+        let mut kinds: Vec<(Operations, Time)> = vec![];
+        for operations in &self.operations[layers.clone()] {
+            match kinds.iter_mut().find(|(known, _)| known == operations) {
+                Some((_, count)) => *count += 1,
+                None => kinds.push((*operations, 1)),
+            }
+        }
+        kinds
     }
 }
 
@@ -224,14 +250,14 @@ impl Slice {
             Mode::Resident => self.loaded + copied + self.largest_output,
             Mode::Streamed | Mode::Spilled => (layers * self.largest_loaded + self.largest_output).max(tail),
         };
-        let states = match model.statistics {
+        let states = match &model.statistics {
             _ if !work.calibrates => 0,
             None => (group as u64 * model.hidden_row + model.workspace_row) * work.micro_batch_tokens,
-            Some(statistics) => {
+            Some(_) => {
                 // All of them in the sweep over a layer.
                 let all = if mode == Mode::Spilled { 0 } else { work.tokens * model.hidden_row };
                 let waiting = if node.is_apart() { 0 } else { self.waiting(model, work) };
-                all + waiting + model.workspace_row * work.micro_batch_tokens + statistics
+                all + waiting + model.workspace_row * work.micro_batch_tokens + self.largest_statistics
             }
         };
         let on_their_way = if work.spills || mode == Mode::Spilled {
@@ -299,16 +325,21 @@ impl Slice {
         // Whole femtoseconds a byte and a layer, so that equal shares take equal times.
         let bytes = |bytes: u64, rate: f64| Time::from(bytes) * time(1.0, rate);
         let layers = self.layers.len() as Time;
-        let forward = model.operations.forward(work.tokens, work.pairs);
-        let statistics = forward + work.tokens as f64 * model.operations.statistics;
+        let sum = |of: &dyn Fn(&Operations) -> f64, rate: f64| -> Time {
+            let times = self.operations.iter().map(|(operations, count)| count * time(of(operations), rate));
+            times.sum()
+        };
+        let forward = |operations: &Operations| operations.forward(work);
+        let statistics =
+            |operations: &Operations| forward(operations) + work.tokens as f64 * operations.statistics;
         let states = work.tokens * model.hidden_row;
         let beside = self.beside_the_card(mode, model, work);
         let kept = mode == Mode::Resident || self.source + beside <= node.host_memory;
         let sent = if self.is_last(model) { 0 } else { states };
         Pace {
-            forward: layers * time(forward, node.flops / slowed),
-            statistics: layers * time(statistics, node.statistics_flops / slowed),
-            solving: layers * time(model.operations.solving, node.solving_flops / slowed),
+            forward: sum(&forward, node.flops / slowed),
+            statistics: sum(&statistics, node.statistics_flops / slowed),
+            solving: sum(&|operations| operations.solving, node.solving_flops / slowed),
             read: bytes(self.source, node.read_rate),
             again: bytes(self.source, if kept { CACHE_RATE.max(node.read_rate) } else { node.read_rate }),
             write: bytes(self.output, WRITE_RATE),
@@ -400,7 +431,7 @@ mod tests {
     #[test]
     fn statistics_need_room_and_all_hidden_states() {
         let plain = model(4);
-        let thorough = ModelCost { statistics: Some(1 << 30), ..model(4) };
+        let thorough = ModelCost { statistics: Some(vec![1 << 30; 4]), ..model(4) };
         let here = node(0, 0, 1e9);
         let peak =
             |model: &ModelCost| model.slice(0..2).peak_memory(&here, Mode::Streamed, 1, model, &work());
@@ -411,7 +442,7 @@ mod tests {
 
     #[test]
     fn a_directory_takes_hidden_states_where_memory_does_not() {
-        let thorough = ModelCost { statistics: Some(1 << 20), hidden_row: 4096, ..model(4) };
+        let thorough = ModelCost { statistics: Some(vec![1 << 20; 4]), hidden_row: 4096, ..model(4) };
         let (without, with) = (work(), Work { spills: true, ..work() });
         let slice = thorough.slice(1..3);
         let here = node(0, 0, 1e9);

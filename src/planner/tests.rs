@@ -33,7 +33,10 @@ pub(super) fn model(layers: usize) -> ModelCost {
         tail: 1 << 10,
         hidden_row: 64,
         workspace_row: 640,
-        operations: Operations { token: 1e6, pair: 0.0, statistics: 0.0, solving: 0.0 },
+        operations: vec![
+            Operations { token: 1e6, pair: 0.0, window: None, statistics: 0.0, solving: 0.0 };
+            layers
+        ],
         statistics: None,
         lighter: vec![],
     }
@@ -43,7 +46,7 @@ pub(super) fn work() -> Work {
     Work {
         documents: 100,
         tokens: 10_000,
-        pairs: 0,
+        pairs: vec![(None, 0)],
         micro_batches: 10,
         micro_batch_tokens: 1000,
         calibrates: true,
@@ -63,12 +66,16 @@ fn dense(layers: usize, [hidden, intermediate, kv, vocab]: [u64; 4]) -> ModelCos
         tail: 2 * vocab * hidden,
         hidden_row: 2 * hidden,
         workspace_row: 2 * (4 * hidden + 2 * kv + 2 * intermediate),
-        operations: Operations {
-            token: 2.0 * params as f64,
-            pair: 4.0 * hidden as f64,
-            statistics: 0.0,
-            solving: params as f64,
-        },
+        operations: vec![
+            Operations {
+                token: 2.0 * params as f64,
+                pair: 4.0 * hidden as f64,
+                window: None,
+                statistics: 0.0,
+                solving: params as f64,
+            };
+            layers
+        ],
         statistics: None,
         lighter: vec![],
     }
@@ -76,12 +83,10 @@ fn dense(layers: usize, [hidden, intermediate, kv, vocab]: [u64; 4]) -> ModelCos
 
 /// The same under a method that needs statistics.
 fn thorough(model: ModelCost) -> ModelCost {
-    let operations = Operations {
-        statistics: model.operations.token,
-        solving: 1e5 * model.operations.token,
-        ..model.operations
-    };
-    ModelCost { operations, statistics: Some(4 * model.layer_loaded[0]), ..model }
+    let thorough = |of: &Operations| Operations { statistics: of.token, solving: 1e5 * of.token, ..*of };
+    let operations = model.operations.iter().map(thorough).collect();
+    let statistics = model.layer_loaded.iter().map(|bytes| 4 * bytes).collect();
+    ModelCost { operations, statistics: Some(statistics), ..model }
 }
 
 /// 88 layers, 123e9 parameters.
@@ -94,7 +99,7 @@ fn default_work() -> Work {
     Work {
         documents: 100,
         tokens: 170_000,
-        pairs: 170_000 * 400,
+        pairs: vec![(None, 170_000 * 400)],
         micro_batches: 21,
         micro_batch_tokens: 8192,
         calibrates: true,
@@ -362,8 +367,11 @@ proptest! {
             head: head << 20,
             head_loaded: head << 20,
             tail: tail << 20,
-            operations: Operations { statistics: 1e6, solving: 1e9, ..model(1).operations },
-            statistics: two_sweeps.then_some(1 << 20),
+            operations: vec![
+                Operations { statistics: 1e6, solving: 1e9, ..model(1).operations[0] };
+                bytes.len()
+            ],
+            statistics: two_sweeps.then(|| vec![1 << 20; bytes.len()]),
             ..model(1)
         };
         let micro_batches = if calibrates { micro_batches } else { 0 };

@@ -8,7 +8,7 @@ use serde_json::Value;
 
 use crate::checkpoint::Checkpoint;
 use crate::error::{LONGEST_NAME, Result, printable};
-use crate::model::{Family, architectures};
+use crate::model::{architectures, supported};
 use crate::units::{binary, counted};
 use crate::verify::{Description, describe};
 
@@ -59,9 +59,13 @@ pub struct Inspection {
 pub fn inspect(dir: &Path) -> Result<Inspection> {
     let checkpoint = Checkpoint::open(dir)?;
     let config = &checkpoint.config;
-    let number = |name: &str| config.get(name).and_then(Value::as_u64);
+    // A decoder inside of another class has its sizes in an object of their own.
+    let decoder = config.get("text_config");
+    let number = |name: &str| {
+        decoder.and_then(|decoder| decoder.get(name)).or(config.get(name)).and_then(Value::as_u64)
+    };
     let named = architectures(config);
-    let supported = named.iter().find(|name| Family::from_name(name).is_some());
+    let supported = named.iter().find(|name| supported().contains(name));
     let architecture = supported.or(named.first()).map_or("unknown", |name| name).to_string();
     let mut elements = BTreeMap::new();
     let mut parameters = 0;

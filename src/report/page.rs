@@ -4,7 +4,6 @@ use std::fmt::Write;
 
 use super::RunReport;
 use super::timeline::timeline;
-use crate::model::Site;
 use crate::pipeline::PartId;
 use crate::units::{binary, duration};
 use crate::verify::TensorError;
@@ -16,14 +15,22 @@ struct GroupView<'a> {
 }
 
 /// A line of a plot: a name and points (layer, value).
-type Line = (&'static str, Vec<(f64, f64)>);
+type Line = (String, Vec<(f64, f64)>);
 
-const SITES: [(Site, &str, &str); 4] = [
-    (Site::Qkv, "q, k, v", "#3b6fb6"),
-    (Site::O, "o", "#d1495b"),
-    (Site::GateUp, "gate, up", "#2a9d6f"),
-    (Site::Down, "down", "#b07d12"),
-];
+/// Colors of lines, in their order; where there are more lines, they begin again.
+const COLORS: [&str; 8] =
+    ["#3b6fb6", "#d1495b", "#2a9d6f", "#b07d12", "#7a4fb0", "#3aa6b9", "#8c564b", "#6b7280"];
+
+/// The names of the sites, in the order in which they occur.
+fn sites(groups: &[GroupView<'_>]) -> Vec<String> {
+    let mut names: Vec<String> = vec![];
+    for group in groups {
+        if !names.contains(&group.record.site) {
+            names.push(group.record.site.clone());
+        }
+    }
+    names
+}
 
 const STYLE: &str = "body{font:15px/1.5 system-ui,sans-serif;margin:2rem auto;max-width:70rem;color:#222}\
 table{border-collapse:collapse;font-size:13px}td,th{padding:.15rem .6rem;text-align:right}\
@@ -73,11 +80,12 @@ pub fn page(report: &RunReport) -> String {
 fn plots(groups: &[GroupView<'_>]) -> String {
     let mut out = String::new();
     let mut add = |title: &str, logarithmic: bool, value: &dyn Fn(&GroupView<'_>) -> Option<f64>| {
-        let line = |(site, name, _): &(Site, &'static str, &str)| -> Line {
-            let of_site = groups.iter().filter(|group| group.record.site == *site);
-            (*name, of_site.filter_map(|group| Some((group.layer as f64, value(group)?))).collect())
+        let line = |site: String| -> Line {
+            let of_site = groups.iter().filter(|group| group.record.site == site);
+            let points = of_site.filter_map(|group| Some((group.layer as f64, value(group)?))).collect();
+            (site, points)
         };
-        out += &plot(title, logarithmic, &SITES.iter().map(line).collect::<Vec<_>>());
+        out += &plot(title, logarithmic, &sites(groups).into_iter().map(line).collect::<Vec<_>>());
     };
     add("output error (relative), as quantized", false, &|group| mean(group, |v| v.output_error));
     add("output error under max scales, without folds", false, &|group| mean(group, |v| v.output_error_max));
@@ -132,7 +140,9 @@ fn plot(title: &str, logarithmic: bool, lines: &[Line]) -> String {
             label = margin - 4.0,
         );
     }
-    for ((_, points), (_, name, color)) in lines.iter().zip(SITES) {
+    let colors = || COLORS.iter().cycle();
+    for ((name, points), color) in lines.iter().zip(colors()) {
+        let name = escape(name);
         let path: Vec<String> =
             points.iter().map(|(layer, value)| format!("{:.1},{:.1}", x(*layer), y(*value))).collect();
         let _ = write!(
@@ -141,8 +151,10 @@ fn plot(title: &str, logarithmic: bool, lines: &[Line]) -> String {
             path.join(" ")
         );
     }
-    let legend =
-        SITES.iter().map(|(_, name, color)| format!("<span style=\"color:{color}\">■ {name}</span>"));
+    let entry = |((name, _), color): (&Line, &&str)| {
+        format!("<span style=\"color:{color}\">■ {}</span>", escape(name))
+    };
+    let legend = lines.iter().zip(colors()).map(entry);
     format!(
         "<figure><figcaption>{title}</figcaption><svg width=\"{width}\" height=\"{height}\">{svg}\
          <text x=\"{}\" y=\"{}\" font-size=\"10\" text-anchor=\"end\">layer {right}</text></svg><br>{}</figure>\n",
@@ -154,16 +166,15 @@ fn plot(title: &str, logarithmic: bool, lines: &[Line]) -> String {
 
 /// Where the loss sits: squared output errors by site, before and after.
 fn loss(groups: &[GroupView<'_>]) -> String {
-    let squared = |site: Site, of: fn(&crate::methods::layer::Verdict) -> f64| -> f64 {
+    let squared = |site: &str, of: fn(&crate::methods::layer::Verdict) -> f64| -> f64 {
         let of_site = groups.iter().filter(|group| group.record.site == site);
         let verdicts =
             of_site.flat_map(|group| group.record.chosen.iter().flat_map(|chosen| &chosen.verdicts));
         verdicts.map(|verdict| of(verdict).powi(2)).sum()
     };
-    let rows: Vec<(f64, f64, &str)> = SITES
-        .iter()
-        .map(|(site, name, _)| {
-            (squared(*site, |v| v.output_error_max), squared(*site, |v| v.output_error), *name)
+    let rows: Vec<(f64, f64, String)> = (sites(groups).into_iter())
+        .map(|site| {
+            (squared(&site, |v| v.output_error_max), squared(&site, |v| v.output_error), escape(&site))
         })
         .collect();
     let (before, after) =
@@ -252,9 +263,9 @@ mod tests {
 
     #[test]
     fn plots_scale_to_their_points_and_stay_away_without_any() {
-        let svg = plot("errors", false, &[("q, k, v", vec![(0.0, 0.1), (3.0, 0.2)])]);
+        let svg = plot("errors", false, &[("qkv".into(), vec![(0.0, 0.1), (3.0, 0.2)])]);
         assert!(svg.contains("46.0,") && svg.contains("layer 3") && svg.contains("0.200"), "{svg}");
-        assert_eq!(plot("nothing", true, &[("o", vec![])]), "");
+        assert_eq!(plot("nothing", true, &[("o".into(), vec![])]), "");
     }
 
     #[test]
@@ -272,7 +283,7 @@ mod tests {
             verdicts: vec![verdict],
         };
         let members = vec![(text(), 1.0)];
-        let record = GroupRecord { site: Site::Qkv, input_amax: None, members, chosen: Some(chosen) };
+        let record = GroupRecord { site: "qkv".into(), input_amax: None, members, chosen: Some(chosen) };
         let table = table(&[], &[GroupView { layer: 0, record: &record }]);
         assert!(!table.contains("<script") && table.matches("&lt;script&gt;&amp;").count() == 3, "{table}");
     }

@@ -5,68 +5,58 @@
 //! zero. Where rows of v and up alone produce the channel, its factor is measured: in the row that produces it and in
 //! the columns that read it, each counting as much as it can be trusted.
 
+use std::collections::HashMap;
+
 use rayon::prelude::*;
 use safetensors::Dtype;
 
 use super::scan::widen as read_range;
 use super::subject::Subject;
+use crate::backend::Gamma;
 use crate::checkpoint::{SourceTensor, widen};
-use crate::model::{LinearSpec, ModelConfig, Site};
+use crate::model::{Layer, LinearSpec, Norm, Producer, Rows};
 use crate::nvfp4::{BLOCK, dequantize};
 
-/// Factors by channel of a layer's sites; none where nothing was folded.
+/// The factors that were folded in a layer; none where nothing was.
 #[derive(Debug, Default)]
 pub struct LayerFolds {
-    /// What the columns of a site's weights were divided by.
-    columns: [Option<Vec<f32>>; 4],
-    /// What the rows of v were multiplied by.
-    pub v: Option<Vec<f32>>,
-    /// What the rows of up were multiplied by.
-    pub up: Option<Vec<f32>>,
+    /// What the columns of the linears that read a site were divided by.
+    columns: Vec<Option<Vec<f32>>>,
+    /// What the rows of a linear were multiplied by.
+    rows: HashMap<usize, Vec<f32>>,
 }
 
 impl LayerFolds {
     /// Reads the folds of a layer; none where the files do not say that there are any.
-    pub fn of(subject: &Subject, model: &ModelConfig, layer: usize) -> LayerFolds {
-        let mut folds = LayerFolds::default();
+    pub fn of(subject: &Subject, layer: &Layer) -> LayerFolds {
+        let mut folds = LayerFolds { columns: vec![None; layer.sites.len()], rows: HashMap::new() };
         if !subject.folds() {
             return folds;
         }
-        for (site, norm) in [Site::Qkv, Site::GateUp].into_iter().zip(model.layer_norms(layer)) {
-            let factors = stored_factors(subject, &norm.name);
-            let factors = factors.map(|factors| factors.into_iter().map(|f| f.unwrap_or(1.0)).collect());
-            folds.columns[site as usize] = factors;
+        for (site, columns) in layer.sites.iter().zip(&mut folds.columns) {
+            if let Producer::Norm(norm) = &site.producer {
+                *columns = norm_factors(subject, &layer.norms[*norm]);
+            }
         }
-        let groups = model.groups(layer);
-        let member = |site: Site, member: usize| &groups[site as usize].members[member];
-        let columns = |site: Site| folds.columns[site as usize].as_deref();
-        // Query heads that share a value head read the same rows of v.
-        let (repeats, width) = (model.heads / model.kv_heads, model.head_dim);
-        let reads = |channel: usize| channel / (repeats * width) * width + channel % width;
-        folds.v = row_factors(subject, member(Site::Qkv, 2), columns(Site::Qkv), member(Site::O, 0), reads);
-        folds.up = row_factors(
-            subject,
-            member(Site::GateUp, 1),
-            columns(Site::GateUp),
-            member(Site::Down, 0),
-            |i| i,
-        );
-        folds.columns[Site::Down as usize].clone_from(&folds.up);
-        folds.columns[Site::O as usize] = folds.v.as_ref().map(|factors| {
-            let heads = factors.chunks_exact(width);
-            heads.flat_map(|head| std::iter::repeat_n(head, repeats).flatten()).copied().collect()
-        });
+        for (number, site) in layer.sites.iter().enumerate() {
+            let (Producer::Rows(rows), [reader]) = (&site.producer, site.members.as_slice()) else {
+                continue;
+            };
+            let producer = &layer.linears[rows.linear];
+            let columns = folds.columns[layer.site_of(rows.linear)].as_deref();
+            let reader = &layer.linears[*reader];
+            if let Some(factors) = row_factors(subject, rows, producer, columns, reader) {
+                folds.columns[number] = Some(rows.channels(&factors));
+                let all = folds.rows.entry(rows.linear).or_insert_with(|| vec![1.0; producer.rows]);
+                all[rows.first..rows.first + rows.count].copy_from_slice(&factors);
+            }
+        }
         folds
     }
 
-    /// Applies what was folded to elements `first..` of a member's source weight.
-    pub fn apply(&self, site: Site, member: usize, cols: usize, first: usize, w: &mut [f32]) {
-        let rows = match (site, member) {
-            (Site::Qkv, 2) => self.v.as_ref(),
-            (Site::GateUp, 1) => self.up.as_ref(),
-            _ => None,
-        };
-        let columns = self.columns[site as usize].as_ref();
+    /// Applies what was folded to elements `first..` of the source weight of a linear of a site.
+    pub fn apply(&self, site: usize, linear: usize, cols: usize, first: usize, w: &mut [f32]) {
+        let (rows, columns) = (self.rows.get(&linear), self.columns[site].as_ref());
         if rows.is_none() && columns.is_none() {
             return;
         }
@@ -75,6 +65,22 @@ impl LayerFolds {
             *w = *w * rows.map_or(1.0, |f| f[row]) / columns.map_or(1.0, |f| f[column]);
         }
     }
+}
+
+/// The factors by which a norm's output was multiplied: ones where its weights tell nothing.
+fn norm_factors(subject: &Subject, norm: &Norm) -> Option<Vec<f32>> {
+    let weight = norm.weight.as_ref()?;
+    let gamma = norm.kind.gamma;
+    if gamma == Gamma::Weight {
+        let factors = stored_factors(subject, &weight.name)?;
+        return Some(factors.into_iter().map(|f| f.unwrap_or(1.0)).collect());
+    }
+    let (there, here) = both(subject, &weight.name)?;
+    let ratio = |(here, there): (&f32, &f32)| {
+        let ratio = gamma.of_weight(*here) / gamma.of_weight(*there);
+        if ratio.is_normal() { ratio } else { 1.0 }
+    };
+    Some(here.iter().zip(&there).map(ratio).collect())
 }
 
 /// Whether an element of a norm or of a bias can be the source's times a factor: the sign is the same, and what was
@@ -93,41 +99,54 @@ fn smallest_normal(dtype: Dtype) -> f32 {
 /// The ratio of a vector's elements to the source's; none for those that tell nothing, because they are zero or have
 /// lost digits.
 fn stored_factors(subject: &Subject, name: &str) -> Option<Vec<Option<f32>>> {
+    let (there, here) = both(subject, name)?;
+    let least = smallest_normal(subject.source.as_ref()?.tensors.get(name)?.dtype);
+    let is_exact = |x: f32| x.abs() >= least;
+    let ratio = |(&here, &there): (&f32, &f32)| (is_exact(here) && is_exact(there)).then(|| here / there);
+    Some(here.iter().zip(&there).map(ratio).collect())
+}
+
+/// A vector in the source and here.
+fn both(subject: &Subject, name: &str) -> Option<(Vec<f32>, Vec<f32>)> {
     let source = subject.source.as_ref()?.tensor(name).ok()?;
     let here = SourceTensor::from_bytes(name, source.dtype, &source.shape, &subject.map(name)?).ok()?;
     let (there, here) = (widen(&source).ok()?, widen(&here).ok()?);
-    let least = smallest_normal(source.dtype);
-    let told = |x: f32| x.abs() >= least;
-    let ratio = |(&here, &there): (&f32, &f32)| (told(here) && told(there)).then(|| here / there);
-    (here.len() == there.len()).then(|| here.iter().zip(&there).map(ratio).collect())
+    (here.len() == there.len()).then_some((there, here))
 }
 
-/// The factors of a producer's rows: those of its bias where it has one that tells them, measured ones elsewhere. The
-/// reader's column `i` reads row `reads(i)`, and the producer's own columns were divided by `columns`. None where the
-/// linears can't be compared with the source.
+/// The factors of a producer's rows: those of its bias where it has one that holds them exactly, measured ones
+/// elsewhere. The producer's own columns were divided by `columns`. None where the linears can't be compared with the
+/// source.
 fn row_factors(
     subject: &Subject,
+    rows: &Rows,
     producer: &LinearSpec,
     columns: Option<&[f32]>,
     reader: &LinearSpec,
-    reads: impl Fn(usize) -> usize,
 ) -> Option<Vec<f32>> {
-    let told = producer.bias().and_then(|name| stored_factors(subject, &name));
-    let rows = Pair::open(subject, producer)?.rows(columns)?;
+    let range = rows.first..rows.first + rows.count;
+    let stored = producer.bias().and_then(|name| stored_factors(subject, &name));
+    let lines = Pair::open(subject, producer)?.rows(columns)?;
     let read = Pair::open(subject, reader)?.columns()?;
-    let mut measured: Vec<[f64; 2]> = rows.iter().map(|line| line.log_ratio(producer.cols)).collect();
+    let mut measured: Vec<[f64; 2]> =
+        lines[range.clone()].iter().map(|line| line.log_ratio(producer.cols)).collect();
     for (i, line) in read.iter().enumerate() {
         let [sum, weight] = line.log_ratio(reader.rows);
-        let row = &mut measured[reads(i)];
-        *row = [row[0] - sum, row[1] + weight];
+        let row = &mut measured[rows.of_channel(i)];
+        // A channel that is the row's square has twice its logarithm.
+        *row = match rows.squared {
+            false => [row[0] - sum, row[1] + weight],
+            true => [row[0] - 2.0 * sum, row[1] + 4.0 * weight],
+        };
     }
     // Rows and columns that are zero, in the source or after rounding, tell nothing.
     let factor = |[sum, weight]: [f64; 2]| if weight > 0.0 { (sum / weight).exp() as f32 } else { 1.0 };
     let measured = measured.into_iter().map(factor);
-    Some(match told {
+    Some(match stored {
         None => measured.collect(),
-        Some(told) => {
-            told.into_iter().zip(measured).map(|(told, measured)| told.unwrap_or(measured)).collect()
+        Some(stored) => {
+            let pairs = stored[range].iter().zip(measured);
+            pairs.map(|(stored, measured)| stored.unwrap_or(measured)).collect()
         }
     })
 }

@@ -10,7 +10,7 @@ use serde_json::{Map, Value, json};
 
 use super::Findings;
 use super::subject::Subject;
-use crate::model::ModelConfig;
+use crate::model::Model;
 
 /// A field of another model left in config.json is another model.
 pub(super) fn check(subject: &Subject, findings: &mut Findings) {
@@ -26,7 +26,8 @@ pub(super) fn check(subject: &Subject, findings: &mut Findings) {
         // A field that only one of them has may be the other's default.
         if one_side { findings.warn(text) } else { findings.error(text) }
     }
-    if let (Ok(here), Ok(there)) = (ModelConfig::parse(config), ModelConfig::parse(&source.config))
+    let has = |name: &str| source.tensors.contains_key(name);
+    if let (Ok(here), Ok(there)) = (Model::parse(config, &has), Model::parse(&source.config, &has))
         && here != there
     {
         findings.error("config.json describes another model than the source's");

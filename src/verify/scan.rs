@@ -61,13 +61,14 @@ pub fn scan_group(subject: &Subject, group: &Group, folds: &LayerFolds) -> Vec<L
         let names = subject.names(&linear.name);
         let weight_global = subject.scalar(&names.weight_global)?;
         let member = group.members.iter().position(|member| member.name == linear.name).unwrap_or(0);
+        let number = group.numbers[member];
         let source = source.as_ref().filter(|source| source.shape == [linear.rows, linear.cols]);
         let scan = Scan {
             subject,
             names: &names,
             elements: linear.rows * linear.cols,
             source,
-            fold: &|first, w| folds.apply(group.site, member, linear.cols, first, w),
+            fold: &|first, w| folds.apply(group.site, number, linear.cols, first, w),
             global: subject.layout?.global(weight_global),
             expected: max.then_some(expected),
         };

@@ -8,7 +8,7 @@ use super::scan::WORTH_A_LOOK;
 use super::subject::Subject;
 use super::{Concerns, Findings, Rule, any, same_config};
 use crate::checkpoint::{Checkpoint, LinearScheme, SourceTensor, widen};
-use crate::model::{ModelConfig, Site, is_dispensable};
+use crate::model::{Model, is_dispensable};
 
 const SOURCE: Concerns = Concerns::Source;
 
@@ -67,8 +67,8 @@ fn accounted(subject: &Subject, findings: &mut Findings) {
 
 /// Whether a tied model stores its embedding once more, as lm_head.
 fn is_second_copy(source: &Checkpoint, name: &str) -> bool {
-    let same = |model: ModelConfig| is_dispensable(&model, name) && model.oddities(source).is_ok();
-    ModelConfig::of(source).is_ok_and(same)
+    let same = |model: Model| is_dispensable(&model, name) && model.oddities(source).is_ok();
+    Model::of(source).is_ok_and(same)
 }
 
 /// Whether a tensor is the source's, byte for byte.
@@ -88,14 +88,8 @@ fn copied(subject: &Subject, there: &SourceTensor) -> bool {
 /// factors is seen in their distance to the source, where the factors are undone.
 fn explained(subject: &Subject, there: &SourceTensor) -> bool {
     let Ok(model) = &subject.model else { return false };
-    let holds_fold = |layer: usize| {
-        let groups = model.groups(layer);
-        let biases =
-            [groups[Site::Qkv as usize].members[2].bias(), groups[Site::GateUp as usize].members[1].bias()];
-        let norms = model.layer_norms(layer).map(|norm| norm.name);
-        norms.contains(&there.name) || biases.iter().flatten().any(|name| *name == there.name)
-    };
-    if !subject.folds() || !(0..model.layers).any(holds_fold) {
+    let layer = model.layer_of(&there.name).and_then(|layer| model.layers.get(layer));
+    if !subject.folds() || !layer.is_some_and(|layer| layer.changed_by_folds().contains(&there.name)) {
         return false;
     }
     let Some(here) = subject.map(&there.name) else { return false };

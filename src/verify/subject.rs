@@ -17,7 +17,7 @@ use crate::checkpoint::{
 };
 use crate::error::{Error, Result};
 use crate::methods::{Codes, Method};
-use crate::model::{Group, LinearSpec, ModelConfig};
+use crate::model::{Layer, LinearSpec, Model};
 
 /// A tensor of the directory.
 pub struct Found {
@@ -44,7 +44,7 @@ pub struct Subject {
     /// The layout that it declares.
     pub layout: Option<Layout>,
     /// The model that it describes, or why it does not.
-    pub model: Result<ModelConfig, String>,
+    pub model: Result<Model, String>,
     /// Which linears are quantized, and how, as the configuration says.
     pub schemes: Declared,
     /// The safetensors files.
@@ -86,10 +86,6 @@ impl Subject {
         let listing = listing(dir)?;
         let config = object(&dir.join("config.json"));
         let layout = config.as_ref().ok().and_then(declared_layout);
-        let model = match &config {
-            Ok(config) => ModelConfig::parse(config).map_err(|e| e.to_string()),
-            Err(fault) => Err(fault.clone()),
-        };
         let index_name = "model.safetensors.index.json";
         let mut subject = Subject {
             dir: dir.to_path_buf(),
@@ -97,7 +93,7 @@ impl Subject {
             schemes: Declared::default(),
             config,
             layout,
-            model,
+            model: Err("config.json has not been read".into()),
             files: vec![],
             file_faults: vec![],
             tensors: BTreeMap::new(),
@@ -115,6 +111,12 @@ impl Subject {
         let names: Vec<String> =
             subject.listing.iter().filter(|name| name.ends_with(".safetensors")).cloned().collect();
         names.iter().for_each(|name| subject.add_file(name));
+        subject.model = match &subject.config {
+            Ok(config) => {
+                Model::parse(config, &|name| subject.tensors.contains_key(name)).map_err(|e| e.to_string())
+            }
+            Err(fault) => Err(fault.clone()),
+        };
         subject.check_is_quantized()?;
         subject.declare();
         Ok(subject)
@@ -124,7 +126,7 @@ impl Subject {
     /// might not fit into memory, and are not made.
     fn declare(&mut self) {
         let (Ok(config), Ok(model)) = (&self.config, &self.model) else { return };
-        let (layers, tensors) = (model.layers, self.tensors.len());
+        let (layers, tensors) = (model.layers.len(), self.tensors.len());
         if layers > tensors {
             if self.file_faults.is_empty() {
                 self.model =
@@ -133,7 +135,7 @@ impl Subject {
             return;
         }
         let linears = self.linears().into_iter().map(|linear| linear.name);
-        let others = ["lm_head", "model.embed_tokens"].map(str::to_string);
+        let others = [model.head.clone(), model.embedding_module()];
         self.schemes = Declared::of(self.layout, config, &linears.chain(others).collect::<Vec<_>>());
     }
 
@@ -214,17 +216,14 @@ impl Subject {
         Some(f32::from_le_bytes(map[..].try_into().ok()?))
     }
 
-    /// Every fused group of the model.
-    pub fn groups(&self) -> Vec<Group> {
-        match &self.model {
-            Ok(model) => (0..model.layers).flat_map(|layer| model.groups(layer)).collect(),
-            Err(_) => vec![],
-        }
+    /// The layers of the model.
+    pub fn layers(&self) -> &[Layer] {
+        self.model.as_ref().map_or(&[], |model| &model.layers)
     }
 
     /// Every linear of the model's layers.
     pub fn linears(&self) -> Vec<LinearSpec> {
-        self.groups().into_iter().flat_map(|group| group.members).collect()
+        self.layers().iter().flat_map(|layer| &layer.linears).cloned().collect()
     }
 
     /// Linears that the configuration says are NVFP4, and whether their activations are quantized.
@@ -245,7 +244,8 @@ impl Subject {
     pub fn scan(&mut self) {
         use rayon::prelude::*;
         let Ok(model) = &self.model else { return };
-        let missing = (0..model.layers).filter(|layer| !self.read.contains_key(layer)).collect::<Vec<_>>();
+        let missing =
+            (0..model.layers.len()).filter(|layer| !self.read.contains_key(layer)).collect::<Vec<_>>();
         let found: Vec<_> = missing.into_par_iter().map(|layer| (layer, self.linears_of(layer))).collect();
         self.read.extend(found);
         self.linears = std::mem::take(&mut self.read).into_values().flatten().collect();
@@ -263,8 +263,9 @@ impl Subject {
 
     fn linears_of(&self, layer: usize) -> Vec<LinearScan> {
         let Ok(model) = &self.model else { return vec![] };
-        let folds = LayerFolds::of(self, model, layer);
-        model.groups(layer).iter().flat_map(|group| scan_group(self, group, &folds)).collect()
+        let layer = &model.layers[layer];
+        let folds = LayerFolds::of(self, layer);
+        layer.groups().iter().flat_map(|group| scan_group(self, group, &folds)).collect()
     }
 
     /// Whether the files say that factors were folded into norms, v and up.

@@ -8,7 +8,7 @@ use serde_json::Value;
 use super::subject::Subject;
 use super::{Concerns, Findings, Rule, any};
 use crate::checkpoint::{Layout, LinearScheme};
-use crate::model::{LinearSpec, ModelConfig};
+use crate::model::{Layer, LinearSpec, Model, TensorSpec};
 use crate::nvfp4::BLOCK;
 
 const ANY: Concerns = Concerns::Tensors(None);
@@ -207,9 +207,12 @@ fn shapes(subject: &Subject, findings: &mut Findings) {
         }
     }
     // Row-parallel linears are cut along their inputs; kernels want whole blocks of 32 on every GPU.
-    for linear in
-        model.groups(0).iter().filter(|group| group.members.len() == 1).map(|group| &group.members[0])
-    {
+    let single = |layer: &Layer| {
+        let alone: Vec<LinearSpec> =
+            layer.groups().into_iter().filter(|of| of.members.len() == 1).flat_map(|of| of.members).collect();
+        alone
+    };
+    for linear in model.layers.first().map(single).unwrap_or_default() {
         let odd: Vec<usize> = [2, 4, 8].into_iter().filter(|tp| linear.cols % (tp * 32) != 0).collect();
         if !odd.is_empty() && subject.schemes.of_module(&linear.name) != LinearScheme::Plain {
             findings.warn(format!(
@@ -221,9 +224,9 @@ fn shapes(subject: &Subject, findings: &mut Findings) {
 }
 
 /// Tensors that are never quantized.
-fn others(model: &ModelConfig) -> Vec<crate::model::TensorSpec> {
-    let norms = (0..model.layers).flat_map(|layer| model.layer_norms(layer));
-    std::iter::once(model.embedding()).chain(norms).chain(model.tail_tensors()).collect()
+fn others(model: &Model) -> Vec<TensorSpec> {
+    let plain = model.layers.iter().flat_map(Layer::plain_tensors);
+    std::iter::once(model.embedding.clone()).chain(plain).chain(model.tail_tensors()).collect()
 }
 
 /// Declarations and tensors that disagree stop the load, or leave a linear with the wrong kernel.
@@ -241,14 +244,10 @@ fn ignored_is_plain(subject: &Subject, findings: &mut Findings) {
             _ => {}
         }
     }
-    for group in subject.groups() {
-        let schemes: Vec<LinearScheme> =
-            group.members.iter().map(|l| subject.schemes.of_module(&l.name)).collect();
+    for fused in subject.layers().iter().flat_map(Layer::fused) {
+        let schemes: Vec<LinearScheme> = fused.iter().map(|l| subject.schemes.of_module(&l.name)).collect();
         if schemes.iter().any(|scheme| *scheme != schemes[0]) {
-            findings.error(format!(
-                "{} and the linears fused with it have different schemes",
-                group.members[0].name
-            ));
+            findings.error(format!("{} and the linears fused with it have different schemes", fused[0].name));
         }
     }
     for pattern in &subject.schemes.idle {
@@ -260,8 +259,8 @@ fn ignored_is_plain(subject: &Subject, findings: &mut Findings) {
 }
 
 /// The names of a layer's cache scales, key and value.
-fn cache_names(layout: Option<Layout>, layer: usize) -> [String; 2] {
-    let prefix = format!("model.layers.{layer}.self_attn");
+fn cache_names(layout: Option<Layout>, layer: &Layer) -> [String; 2] {
+    let prefix = format!("{}self_attn", layer.prefix);
     match layout {
         Some(Layout::Modelopt) => [format!("{prefix}.k_proj.k_scale"), format!("{prefix}.v_proj.v_scale")],
         _ => [format!("{prefix}.k_scale"), format!("{prefix}.v_scale")],
@@ -281,7 +280,7 @@ fn has_cache_scales(subject: &Subject) -> bool {
 /// Layers with and without cache scales; a scale that can't be used counts as a finding.
 fn count_cache_scales(subject: &Subject, findings: &mut Findings) -> (usize, usize) {
     let (mut with, mut without) = (0, 0);
-    for layer in 0..subject.model.as_ref().map_or(0, |model| model.layers) {
+    for layer in subject.layers() {
         for name in cache_names(subject.layout, layer) {
             match subject.tensors.get(&name) {
                 None => without += 1,
@@ -352,20 +351,21 @@ fn modelopt_cache_scales(subject: &Subject, findings: &mut Findings) {
 fn known(subject: &Subject, findings: &mut Findings) {
     let Ok(model) = &subject.model else { return };
     let mut known: BTreeSet<String> = others(model).into_iter().map(|tensor| tensor.name).collect();
-    known.insert("lm_head.weight".into()); // A15 judges it
+    known.insert(model.head_weight()); // A15 judges it
     for linear in subject.linears() {
         known.insert(linear.weight());
         known.extend(linear.bias());
         known.extend(FOREIGN.iter().map(|suffix| format!("{}.{suffix}", linear.name))); // A3, B3 and A10 judge them
     }
-    for layer in 0..model.layers {
+    for layer in &model.layers {
         for layout in [Layout::Modelopt, Layout::CompressedTensors] {
             known.extend(cache_names(Some(layout), layer));
         }
-        known.insert(format!("model.layers.{layer}.self_attn.rotary_emb.inv_freq"));
+        known.insert(format!("{}self_attn.rotary_emb.inv_freq", layer.prefix));
     }
-    for name in subject.tensors.keys().filter(|name| !known.contains(*name)) {
-        findings.error(format!("{name} is unknown to {}", model.family.name()));
+    let unknown = |name: &&String| !known.contains(*name) && !model.is_carried(name);
+    for name in subject.tensors.keys().filter(unknown) {
+        findings.error(format!("{name} is unknown to {}", model.architecture));
     }
 }
 
@@ -388,7 +388,7 @@ fn unquantized(subject: &Subject, findings: &mut Findings) {
             }
         }
     }
-    if model.tie_embeddings && subject.tensors.contains_key("lm_head.weight") {
-        findings.error("embeddings are tied, yet there is an lm_head.weight");
+    if model.tied && subject.tensors.contains_key(&model.head_weight()) {
+        findings.error(format!("embeddings are tied, yet there is an {}", model.head_weight()));
     }
 }

@@ -10,7 +10,7 @@ use safetensors::{Dtype, SafeTensors};
 use serde_json::{Value, json};
 
 use super::*;
-use crate::model::ModelConfig;
+use crate::model::Model;
 use crate::nvfp4::{self, GlobalScale};
 
 type Tensors = BTreeMap<String, (Dtype, Vec<usize>, Vec<u8>)>;
@@ -69,7 +69,7 @@ impl Good {
         }
         change_tensors(&good.source.path().join("model.safetensors"), "none", change);
         let mut config = read_json(&good.source.path().join("config.json"));
-        let model = ModelConfig::parse(config.as_object().unwrap()).unwrap();
+        let model = Model::parse(config.as_object().unwrap(), &|_| false).unwrap();
         let (names, scalar) = written_names(layout);
         let bytes = fs::read(good.source.path().join("model.safetensors")).unwrap();
         let source = SafeTensors::deserialize(&bytes).unwrap();
@@ -78,7 +78,7 @@ impl Good {
             .into_iter()
             .map(|(name, view)| (name, (view.dtype(), view.shape().to_vec(), view.data().to_vec())))
             .collect();
-        for (i, group) in (0..model.layers).flat_map(|layer| model.groups(layer)).enumerate() {
+        for (i, group) in model.layers.iter().flat_map(crate::model::Layer::groups).enumerate() {
             let weights: Vec<Vec<bf16>> = group
                 .members
                 .iter()

@@ -6,13 +6,22 @@ use std::path::{Path, PathBuf};
 use distq::backend::cpu::Cpu;
 use distq::backend::{Backend, Compute};
 use distq::checkpoint::{Checkpoint, Layout, Scheme};
-use distq::model::{Decoder, LayerWeights, ModelConfig, Site};
+use distq::forward::{Decoder, LayerWeights, Tables, finish_logits};
+use distq::model::Model;
 use distq::pipeline::Inventory;
 use half::bf16;
 use safetensors::SafeTensors;
 
-fn folder() -> PathBuf {
-    Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/families")
+/// The fixtures: those of Llama and Mistral, and those of the other families.
+fn fixtures() -> Vec<PathBuf> {
+    let fixtures = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures");
+    let inside = |folder: &str| {
+        let entries = std::fs::read_dir(fixtures.join(folder)).unwrap();
+        entries.map(|entry| entry.unwrap().path()).filter(|path| path.is_dir()).collect::<Vec<_>>()
+    };
+    let mut all = [inside("families"), inside("dense")].concat();
+    all.sort();
+    all
 }
 
 fn floats(expected: &SafeTensors<'_>, name: &str) -> Vec<f32> {
@@ -40,7 +49,7 @@ fn widened(backend: &Cpu, bytes: &[u8]) -> Vec<f32> {
 fn check(dir: &Path) {
     let name = dir.file_name().unwrap().to_string_lossy().into_owned();
     let checkpoint = Checkpoint::open(dir).unwrap();
-    let model = ModelConfig::parse(&checkpoint.config).unwrap();
+    let model = Model::of(&checkpoint).unwrap();
     let layout = Layout::CompressedTensors;
     let compute = Inventory::new(&checkpoint, &model, layout, Scheme::Nvfp4, &[]).unwrap().compute;
     let (tolerance, amax_tolerance) = match compute {
@@ -55,19 +64,20 @@ fn check(dir: &Path) {
     let lengths: Vec<usize> = ids.iter().map(Vec::len).collect();
 
     let backend = Cpu::new(compute, 2).unwrap();
-    let table = model.rope.table(&lengths);
-    let decoder = Decoder::new(&backend, &model, &table).unwrap();
-    let batch = decoder.batch(&table, 0, &lengths).unwrap();
+    let tables = Tables::new(&model, &lengths);
+    let decoder = Decoder::new(&backend, &model, &tables).unwrap();
+    let batch = decoder.batch(&tables, 0, &lengths).unwrap();
     let mut work = decoder.workspace(batch.tokens).unwrap();
     let mut x = backend.activation(batch.tokens, model.hidden).unwrap();
-    let embedding = backend.load(&checkpoint.tensor(&model.embedding().name).unwrap()).unwrap();
+    let embedding = backend.load(&checkpoint.tensor(&model.embedding.name).unwrap()).unwrap();
     backend.embed(&embedding, &backend.index(&ids.concat()).unwrap(), &mut x).unwrap();
-    for layer in 0..model.layers {
-        let weights =
-            LayerWeights::load(&backend, &model, layer, &|name: &str| checkpoint.tensor(name)).unwrap();
-        let mut amax = backend.amax(Site::ALL.len()).unwrap();
-        let mut observe = |site: Site, x: &mut _| backend.observe(x, &mut amax, site as usize);
-        decoder.layer(&weights, &batch, &mut work, &mut x, &mut observe).unwrap();
+    decoder.embedded(&mut x).unwrap();
+    let mut last = vec![];
+    for (layer, spec) in model.layers.iter().enumerate() {
+        let weights = LayerWeights::load(&backend, spec, &|name: &str| checkpoint.tensor(name)).unwrap();
+        let mut amax = backend.amax(spec.sites.len()).unwrap();
+        let mut observe = |site: usize, x: &mut _| backend.observe(x, &mut amax, site);
+        decoder.layer(spec, &weights, &batch, &mut work, &mut x, &mut observe).unwrap();
         let mut bytes = vec![];
         backend.download(&x, &mut bytes).unwrap();
         let hidden = widened(&backend, &bytes);
@@ -76,8 +86,8 @@ fn check(dir: &Path) {
             let error = relative_error(got, &floats(&expected, &format!("hidden.{document}.{layer}")));
             assert!(error < tolerance, "{name}: layer {layer}, document {document}: {error:e}");
         }
-        for group in model.groups(layer) {
-            let got = amax[group.site as usize];
+        for group in spec.groups() {
+            let got = amax[group.site];
             for linear in &group.members {
                 let want = floats(&expected, &format!("amax.{}", linear.name))[0];
                 assert!(
@@ -87,14 +97,53 @@ fn check(dir: &Path) {
                 );
             }
         }
+        last = hidden;
+    }
+    if compute == Compute::F32 && expected.tensor("logits.0").is_ok() {
+        let (first, second) = last.split_at(lengths[0] * model.hidden);
+        check_logits(&name, &checkpoint, &model, [first, second], &expected);
+    }
+}
+
+/// The logits of the last tokens of each document, in F32 from the hidden states of the last layer.
+fn check_logits(
+    name: &str,
+    checkpoint: &Checkpoint,
+    model: &Model,
+    states: [&[f32]; 2],
+    expected: &SafeTensors<'_>,
+) {
+    let backend = Cpu::new(Compute::F32, 2).unwrap();
+    let load = |name: &str| backend.load(&checkpoint.tensor(name).unwrap()).unwrap();
+    let maybe = |spec: &Option<distq::model::TensorSpec>| spec.as_ref().map(|spec| load(&spec.name));
+    let (weight, bias) = (maybe(&model.norm.weight), maybe(&model.norm.bias));
+    let head = load(&model.own_head().map_or(model.embedding.name.clone(), |head| head.name));
+    for (document, states) in states.into_iter().enumerate() {
+        let want = floats(expected, &format!("logits.{document}"));
+        let last = &states[states.len() - want.len() / model.vocab * model.hidden..];
+        let mut x = backend.activation(last.len() / model.hidden, model.hidden).unwrap();
+        backend.upload(bytemuck::cast_slice(last), &mut x).unwrap();
+        let mut normed = backend.activation(last.len() / model.hidden, model.hidden).unwrap();
+        backend.norm(&x, &model.norm.kind, weight.as_ref(), bias.as_ref(), &mut normed).unwrap();
+        let mut logits = backend.activation(last.len() / model.hidden, model.vocab).unwrap();
+        backend.linear(&normed, &head, None, &mut logits).unwrap();
+        finish_logits(&backend, &model.logits, &mut logits).unwrap();
+        let error = relative_error(&backend.values(&logits).unwrap(), &want);
+        assert!(error < 1e-4, "{name}: logits of document {document}: {error:e}");
     }
 }
 
 #[test]
 fn every_variation_agrees_with_transformers() {
-    let mut variations: Vec<PathBuf> =
-        std::fs::read_dir(folder()).unwrap().map(|entry| entry.unwrap().path()).collect();
-    variations.sort();
-    assert!(variations.len() >= 16, "the fixtures are there");
-    variations.iter().for_each(|dir| check(dir));
+    let fixtures = fixtures();
+    assert!(fixtures.len() >= 64, "the fixtures are there");
+    fixtures.iter().filter(|dir| is_supported(dir)).for_each(|dir| check(dir));
+}
+
+fn is_supported(dir: &Path) -> bool {
+    let config: serde_json::Value =
+        serde_json::from_slice(&std::fs::read(dir.join("config.json")).unwrap()).unwrap();
+    distq::model::architectures(config.as_object().unwrap())
+        .iter()
+        .any(|name| distq::model::supported().contains(name))
 }

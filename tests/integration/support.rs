@@ -38,9 +38,8 @@ impl Scene {
         });
         change(&mut config);
         scene.write_config(&config);
-        let model = distq::model::ModelConfig::parse(config.as_object().unwrap()).unwrap();
-        let layers = (0..model.layers).flat_map(|layer| model.layer_tensors(layer));
-        let specs = std::iter::once(model.embedding()).chain(layers).chain(model.tail_tensors());
+        let model = distq::model::Model::parse(config.as_object().unwrap(), &|_| false).unwrap();
+        let specs = model.tensors();
         let mut random = Random(7);
         let tensors: Vec<(String, Vec<usize>, Vec<u8>)> = specs
             .map(|spec| {
