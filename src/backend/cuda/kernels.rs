@@ -345,7 +345,8 @@ mod tests {
     }
 
     /// Without a GPU: every kernel compiles for every architecture that distq serves, and those of the forward pass
-    /// need no more registers than there are. Head sizes beyond 128 may spill; that is reported.
+    /// need no more registers than there are. Attention may spill with a softcap, and with heads of other sizes than 64
+    /// and 128; that is reported.
     #[test]
     fn every_kernel_compiles() {
         // SAFETY: only looks for the library.
@@ -374,7 +375,8 @@ mod tests {
                     for what in [plain, every] {
                         let options = [what.defines(), vec![verbose.clone()]].concat();
                         let compiled = compile(&[ATTENTION], compute, architecture, &options).unwrap();
-                        report(&format!("{compute:?}, {what:?}"), dim > 128, compiled);
+                        let may_spill = what.softcap || ![10, 64, 128].contains(&dim);
+                        report(&format!("{compute:?}, {what:?}"), may_spill, compiled);
                     }
                 }
             }
