@@ -42,15 +42,6 @@ __device__ __forceinline__ void add_the_others(float (&score)[KEYS / 8][4], int 
     for (int i = 0; i < SCORES; i++) score[i / 4][i % 4] += exchange[(half + 1) % WARPS][queries][i][lane];
 }
 
-// A score of the tensor cores after scaling, and after the softcap where there is one, in units of log 2.
-__device__ __forceinline__ float in_log2(float score, float scale, float cap) {
-#ifdef SOFTCAP
-    return cap * 1.44269504f * tanhf(score * (scale / cap));
-#else
-    return score * (scale * 1.44269504f);
-#endif
-}
-
 extern "C" __global__ void __launch_bounds__(THREADS)
     attention(const Element *q, const Element *k, const Element *v, const u32 *bounds, int heads, int kv_heads,
               float scale, int window, float cap, const Element *sinks, Element *out) {
@@ -64,7 +55,8 @@ extern "C" __global__ void __launch_bounds__(THREADS)
     q += from * q_stride + head * HEAD_DIM;
     k += from * kv_stride + kv_head * HEAD_DIM;
     v += from * kv_stride + kv_head * HEAD_DIM;
-    int queries = threadIdx.x / 32 % 4, part = threadIdx.x / 128 * PART;
+    int queries = (int)threadIdx.x / 32, part = 0;
+    if (WARPS == 2) queries %= 4, part = threadIdx.x / 128 * PART;
     int row[2] = {first + queries * 16 + group, first + queries * 16 + group + 8};
 
     u32 query[PART / 16][4];
@@ -72,6 +64,14 @@ extern "C" __global__ void __launch_bounds__(THREADS)
         for (int i = 0; i < 4; i++)
             query[c][i] = pair_at(q, row[i % 2], n, q_stride, part + c * 16 + pair * 2 + i / 2 * 8);
 
+    // Scores are kept in units of log 2.
+#ifdef SOFTCAP
+    float inward = scale / cap, outward = cap * 1.44269504f;
+    auto in_log2 = [&](float score) { return outward * tanhf(score * inward); };
+#else
+    float to_log2 = scale * 1.44269504f;
+    auto in_log2 = [&](float score) { return score * to_log2; };
+#endif
     float top[2] = {-INFINITY, -INFINITY}, sum[2] = {0, 0};
     float acc[PART / 8][4] = {};
     int last = min(first + 64, n);
@@ -101,7 +101,7 @@ extern "C" __global__ void __launch_bounds__(THREADS)
             for (int i = 0; i < 4; i++) {
                 int key = tile + t * 8 + pair * 2 + i % 2, query_row = row[i / 2];
                 bool seen = key <= query_row && key > query_row - window;
-                score[t][i] = seen ? in_log2(score[t][i], scale, cap) : -INFINITY;
+                score[t][i] = seen ? in_log2(score[t][i]) : -INFINITY;
                 best[i / 2] = fmaxf(best[i / 2], score[t][i]);
             }
         float base[2];
