@@ -9,7 +9,7 @@ use std::time::Duration;
 
 use distq::cluster::{Cluster, launch};
 use distq::error::printable;
-use distq::report::Progress;
+use distq::progress::Progress;
 use tracing_subscriber::fmt::format::Writer;
 use tracing_subscriber::fmt::time::{FormatTime, Uptime, uptime};
 use tracing_subscriber::fmt::{FmtContext, FormatEvent, FormatFields};

@@ -28,7 +28,7 @@ pub struct Gathered<M> {
     pub rows: [M; 2],
 }
 
-/// Operations on f32 matrices, for [`crate::methods`]. They run beside the forward pass and one after another.
+/// Operations on f32 matrices, for the methods that choose codes. They run beside the forward pass and one after another.
 ///
 /// The order of every sum is fixed, so a device gives the same bits every time. Rounding is that of
 /// [`crate::nvfp4`], bit for bit, on every device.

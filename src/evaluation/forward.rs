@@ -11,7 +11,7 @@ use crate::cluster::{Cluster, Frame, Tag, ToMain};
 use crate::error::{Error, Result};
 use crate::forward::{Batch, Decoder, LayerWeights, Tables};
 use crate::nvfp4::GlobalScale;
-use crate::report::Steps;
+use crate::progress::Steps;
 
 /// Windows of tokens.
 pub struct Text {

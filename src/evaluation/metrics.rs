@@ -5,13 +5,13 @@ use std::collections::BTreeMap;
 use rayon::prelude::*;
 
 use super::forward::Text;
+use super::scores::Scores;
 use super::weights::Weights;
 use super::{OnBackend, Solver};
 use crate::backend::cpu::exp;
 use crate::error::{Error, Result};
 use crate::forward::finish_logits;
 use crate::model::TensorSpec;
-use crate::report::Scores;
 use crate::simd::wide;
 
 /// Yields a micro-batch's logits `[tokens, vocab]`.

@@ -6,7 +6,10 @@
 
 mod forward;
 mod metrics;
+mod scores;
 mod weights;
+
+pub use scores::{Evaluation, Scores};
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
@@ -15,9 +18,9 @@ use std::time::Instant;
 use crate::backend::{Backend, Compute, Device, DeviceChoice, OnBackend, Solver};
 use crate::calibration::{MicroBatch, Windows, micro_batches};
 use crate::cluster::Cluster;
+use crate::devices::open_device;
 use crate::error::{Error, Result};
-use crate::pipeline::open_device;
-use crate::report::{Evaluation, Scores, Steps};
+use crate::progress::Steps;
 use forward::{Forward, Text, slice};
 use metrics::{Head, Logits, Token};
 use weights::Weights;

@@ -9,7 +9,6 @@ use safetensors::Dtype;
 
 use super::health::{healthy_input, healthy_weight};
 use super::job::Job;
-use super::journal::{Chosen, GroupRecord, PartId};
 use super::messages::Outbox;
 use super::placer::{Placer, ToPlace};
 use crate::backend::Solver;
@@ -20,7 +19,8 @@ use crate::methods::layer::{Folds, Layer, QuantizedGroup};
 use crate::methods::{SiteStatistics, quantize_linear, weight_amax};
 use crate::model::Norm;
 use crate::nvfp4::{BLOCK, GlobalScale, QuantizedLinear};
-use crate::report::{Phases, Timeline, Work};
+use crate::progress::{Phases, Timeline, Work};
+use crate::record::{Chosen, GroupRecord, PartId};
 use crate::threads;
 
 /// What a rank's parts are made of, as it becomes known.

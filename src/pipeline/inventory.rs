@@ -5,7 +5,6 @@ use std::collections::BTreeSet;
 
 use safetensors::Dtype;
 
-use super::journal::PartId;
 use super::operations::operations;
 use crate::backend::Compute;
 use crate::calibration::Sampling;
@@ -16,6 +15,7 @@ use crate::methods::Method;
 use crate::model::{Group, Layer, Model, TensorSpec, is_dispensable};
 use crate::nvfp4::BLOCK;
 use crate::planner::ModelCost;
+use crate::record::PartId;
 
 /// The tensors of one part of the model: the embedding, a layer, or what follows the layers.
 #[derive(Clone, Debug, Default, PartialEq)]

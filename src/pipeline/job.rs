@@ -4,11 +4,11 @@ use std::collections::{HashMap, HashSet};
 use std::ops::Range;
 
 use super::inventory::{Inventory, Part};
-use super::journal::{Observed, PartId};
 use crate::calibration::{MicroBatch, Sampling};
 use crate::checkpoint::{Checkpoint, Layout};
 use crate::methods::Method;
 use crate::model::Model;
+use crate::record::{Observed, PartId};
 
 /// The job, the same on every rank (but for where the checkpoint lies).
 pub struct Job {

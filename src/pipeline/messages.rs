@@ -1,8 +1,8 @@
 //! What ranks tell each other while they work.
 
-use super::journal::{Observed, PartRecord};
 use crate::cluster::{Frame, Tag, ToMain};
 use crate::error::{Error, Result};
+use crate::record::{Observed, PartRecord};
 
 /// Hidden states of one micro-batch.
 pub struct Hidden {

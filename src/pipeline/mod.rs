@@ -2,7 +2,6 @@
 //! Knows ranks, parts and the journal; not how numbers are chosen.
 
 mod crossing;
-mod devices;
 mod embedding;
 mod finish;
 #[cfg(test)]
@@ -11,7 +10,6 @@ mod health;
 mod ignore;
 mod inventory;
 mod job;
-mod journal;
 mod keeping;
 mod messages;
 mod operations;
@@ -30,8 +28,6 @@ mod sweeps;
 mod visits;
 mod walk;
 
-pub use devices::open_device;
 pub use inventory::{Inventory, Part};
-pub use journal::{Chosen, GroupRecord, PartId, PartRecord};
 pub use quantize::{Options, quantize};
 pub use survey::{PlanOptions, Survey, foresee, survey};

@@ -7,10 +7,10 @@ use std::time::Instant;
 use crossbeam_channel::{Receiver, Sender};
 
 use super::job::Job;
-use super::journal::{GroupRecord, PartId, PartRecord};
 use super::messages::{Event, Outbox};
 use crate::checkpoint::{OutTensor, OutputFiles, SourceTensor, digest, first_not_finite};
 use crate::error::{Error, Result};
+use crate::record::{GroupRecord, PartId, PartRecord};
 
 /// Something to be placed.
 pub enum ToPlace {

@@ -9,11 +9,11 @@ use std::path::{Path, PathBuf};
 use serde_json::{Map, json};
 
 use super::inventory::{Inventory, Part};
-use super::journal::{Fingerprint, GroupRecord, History, Journal, Line, Observed, PartId, PartRecord};
 use super::quantize::Options;
 use crate::checkpoint::{NONCE, OutTensor, OutputDir, OutputFiles, Placement, digest};
 use crate::cluster::Cluster;
 use crate::error::{Error, Result};
+use crate::record::{Fingerprint, GroupRecord, History, Journal, Line, Observed, PartId, PartRecord};
 
 /// Rank 0's share: the directory and the journal.
 pub struct RootOutput {

@@ -6,8 +6,8 @@ use std::thread::JoinHandle;
 
 use crossbeam_channel::{Sender, unbounded};
 
-use super::journal::PartId;
 use crate::error::Result;
+use crate::record::PartId;
 use crate::threads;
 use crate::verify::Proof;
 

@@ -7,7 +7,6 @@ use std::time::Instant;
 
 use super::inventory::Inventory;
 use super::job::Job;
-use super::journal::{Fingerprint, PartRecord};
 use super::messages::Outbox;
 use super::placing::{Placed, place};
 use super::prover::Prover;
@@ -25,7 +24,9 @@ use crate::cluster::Cluster;
 use crate::error::{Error, Result};
 use crate::model::Model;
 use crate::planner::{Mode, Plan};
-use crate::report::{self, Phases, Progress, RankReport, RunReport, Timeline};
+use crate::progress::{Phases, Progress, Timeline};
+use crate::record::{Fingerprint, PartRecord};
+use crate::report::{self, RankReport, RunReport};
 use crate::threads;
 use crate::verify::Proof;
 

@@ -1,13 +1,13 @@
 //! What rank 0 does with what it hears: tensors to their places, finished parts into the journal,
 //! progress to the user.
 
-use super::journal::{Journal, PartRecord};
 use super::messages::{Event, ToRoot};
 use super::prover::Prover;
 use crate::checkpoint::OutputFiles;
 use crate::cluster::Frame;
 use crate::error::{Error, Result};
-use crate::report::Progress;
+use crate::progress::Progress;
+use crate::record::{Journal, PartRecord};
 
 /// Takes what ranks tell rank 0, on a thread of its own.
 pub struct Root<'a> {

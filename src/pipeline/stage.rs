@@ -15,7 +15,6 @@ use super::crossing::{Crossing, WAITING, arrivals, departures};
 use super::embedding::embed;
 use super::finish::{Finished, Inputs, Lent, finish};
 use super::job::Job;
-use super::journal::PartId;
 use super::messages::Outbox;
 use super::routes::Routes;
 use super::states::States;
@@ -26,7 +25,8 @@ use crate::cluster::Frame;
 use crate::error::{Error, Result};
 use crate::forward::LayerWeights;
 use crate::planner::Mode;
-use crate::report::{Phases, Timeline};
+use crate::progress::{Phases, Timeline};
+use crate::record::PartId;
 use crate::threads;
 
 /// A rank's share of the job.

@@ -2,7 +2,6 @@
 
 use std::path::PathBuf;
 
-use super::devices::open_device;
 use super::inventory::Inventory;
 use super::probe::{Probe, Rates};
 use crate::backend::{Device, DeviceChoice};
@@ -10,6 +9,7 @@ use crate::calibration::pairs;
 use crate::calibration::{MicroBatch, micro_batches};
 use crate::checkpoint::{Checkpoint, Layout, Scheme};
 use crate::cluster::{Cluster, Machine};
+use crate::devices::open_device;
 use crate::error::{Error, Result};
 use crate::methods::Method;
 use crate::model::Model;

@@ -6,7 +6,6 @@ use std::sync::Arc;
 use crossbeam_channel::{Receiver, Sender, TrySendError};
 
 use super::finish::{Finished, Inputs, Lent};
-use super::journal::{Observed, PartId};
 use super::messages::Event;
 use super::stage::{Stage, finisher_ended, send};
 use super::statistics::{Gathering, LayerSums};
@@ -14,6 +13,7 @@ use crate::backend::Solver;
 use crate::error::Result;
 use crate::forward::LayerWeights;
 use crate::planner::Mode;
+use crate::record::{Observed, PartId};
 
 /// A sweep over a stage's slice.
 pub trait Sweep<B: Solver> {

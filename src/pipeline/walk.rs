@@ -18,7 +18,7 @@ use crate::backend::{Backend, Solver};
 use crate::error::{Error, Result};
 use crate::forward::{Batch, Decoder, LayerWeights, Tables};
 use crate::planner::Mode;
-use crate::report::Work;
+use crate::progress::Work;
 use crate::threads;
 
 /// What all sweeps over a slice share.

@@ -3,19 +3,13 @@
 mod evaluation;
 mod inspect;
 mod page;
-mod phases;
 mod place;
-mod progress;
 mod run;
 mod timeline;
 
-pub use evaluation::{Evaluation, Scores};
 pub use inspect::{Inspection, inspect};
-pub use phases::Phases;
 pub use place::try_place;
-pub use progress::{Progress, Steps};
 pub use run::{Health, RankReport, RunReport, Seconds};
-pub use timeline::{Bar, Timeline, Work};
 
 use std::fmt::Display;
 use std::io::{ErrorKind, Write};

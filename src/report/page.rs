@@ -4,14 +4,14 @@ use std::fmt::Write;
 
 use super::RunReport;
 use super::timeline::timeline;
-use crate::pipeline::PartId;
+use crate::record::PartId;
 use crate::units::{binary, duration};
 use crate::verify::TensorError;
 
 /// One fused group's numbers, in the order of the model.
 struct GroupView<'a> {
     layer: usize,
-    record: &'a crate::pipeline::GroupRecord,
+    record: &'a crate::record::GroupRecord,
 }
 
 /// A line of a plot: a name and points (layer, value).
@@ -259,7 +259,7 @@ mod tests {
     use super::*;
     use crate::methods::Smoothing;
     use crate::methods::layer::Verdict;
-    use crate::pipeline::{Chosen, GroupRecord};
+    use crate::record::{Chosen, GroupRecord};
 
     #[test]
     fn plots_scale_to_their_points_and_stay_away_without_any() {

@@ -7,15 +7,16 @@ use std::fmt;
 use std::path::Path;
 
 use super::page::page;
-use super::{Bar, Phases};
 use crate::backend::Device;
 use crate::calibration;
 use crate::checkpoint::some;
 use crate::cluster::{Cluster, Machine, own_memory};
 use crate::error::{Error, Result};
 use crate::methods::Codes;
-use crate::pipeline::{Options, PartId, PartRecord};
+use crate::pipeline::Options;
 use crate::planner::Plan;
+use crate::progress::{Bar, Phases};
+use crate::record::{PartId, PartRecord};
 use crate::units::{binary, duration};
 use crate::verify;
 

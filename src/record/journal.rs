@@ -10,137 +10,10 @@ use std::io::{ErrorKind, Read, Write};
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 
+use super::fingerprint::Fingerprint;
+use super::part::{Observed, PartId, PartRecord};
 use crate::checkpoint::{JOURNAL, NEW_JOURNAL};
 use crate::error::{Error, Result};
-use crate::methods::Smoothing;
-use crate::methods::layer::Verdict;
-
-/// Everything that the output's bytes depend on. Two runs with equal fingerprints write the same files.
-#[derive(Clone, Debug, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
-pub struct Fingerprint {
-    /// distq's version.
-    pub version: String,
-    /// Digest of the source's configuration and headers.
-    pub model: String,
-    /// Digest of a sample of the source's weights, by part: the embedding, each layer, what follows the layers.
-    pub weights: Vec<String>,
-    /// Digest of the calibration tokens; empty where none are needed.
-    pub data: String,
-    /// Layout, scheme, method, ignored modules and shard size, as text.
-    pub options: String,
-}
-
-impl Fingerprint {
-    /// What differs between this fingerprint and the one in the journal, in words. Weights are not compared.
-    fn difference(&self, journal: &Fingerprint) -> Option<String> {
-        let pairs = [
-            ("the version of distq", &self.version, &journal.version),
-            ("the model", &self.model, &journal.model),
-            ("the calibration data", &self.data, &journal.data),
-            ("the options", &self.options, &journal.options),
-        ];
-        pairs
-            .into_iter()
-            .find(|(_, now, then)| now != then)
-            .map(|(what, now, then)| format!("{what} differs: now {now:?}, then {then:?}"))
-    }
-
-    /// Parts whose weights are not those of the journal's.
-    fn changed(&self, journal: &Fingerprint) -> Vec<PartId> {
-        let count = self.weights.len().max(journal.weights.len());
-        let part = |i: usize| match i {
-            0 => PartId::Head,
-            i if i + 1 == count => PartId::Tail,
-            i => PartId::Layer(i - 1),
-        };
-        (0..count).filter(|&i| self.weights.get(i) != journal.weights.get(i)).map(part).collect()
-    }
-}
-
-/// A part of the model: what the journal and the report call its pieces.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, serde::Serialize, serde::Deserialize)]
-#[serde(rename_all = "snake_case")]
-pub enum PartId {
-    /// The embedding.
-    Head,
-    /// A decoder layer.
-    Layer(usize),
-    /// The final norm and lm_head.
-    Tail,
-}
-
-impl std::fmt::Display for PartId {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        match self {
-            PartId::Head => write!(f, "the embedding"),
-            PartId::Layer(layer) => write!(f, "layer {layer}"),
-            PartId::Tail => write!(f, "the final norm and lm_head"),
-        }
-    }
-}
-
-impl PartId {
-    /// Whether what is made of this part depends on the weights of `other`. Where hidden states are forwarded, a layer's
-    /// inputs depend on all that comes before it.
-    fn depends_on(self, other: PartId, forwarded: bool) -> bool {
-        match (self, other) {
-            (PartId::Layer(layer), PartId::Layer(before)) if forwarded => before <= layer,
-            (PartId::Layer(_), PartId::Head) => forwarded,
-            _ => self == other,
-        }
-    }
-}
-
-/// A finished part: all its tensors are at their places.
-#[derive(Clone, Debug, PartialEq, serde::Serialize, serde::Deserialize)]
-pub struct PartRecord {
-    /// Which part.
-    pub part: PartId,
-    /// blake3 of each of its output tensors, in the inventory's order.
-    pub digests: Vec<String>,
-    /// What was measured of its fused groups.
-    pub groups: Vec<GroupRecord>,
-}
-
-/// What was measured of one fused group.
-#[derive(Clone, Debug, PartialEq, serde::Serialize, serde::Deserialize)]
-pub struct GroupRecord {
-    /// The name of its site in the layer.
-    pub site: String,
-    /// `max |x|` of the input over all calibration tokens; absent where none was needed.
-    pub input_amax: Option<f32>,
-    /// Module names and their `max |w|`.
-    pub members: Vec<(String, f32)>,
-    /// What a method other than max chose, and how good it is.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub chosen: Option<Chosen>,
-}
-
-/// What was chosen for one fused group.
-#[derive(Clone, Debug, PartialEq, serde::Serialize, serde::Deserialize)]
-pub struct Chosen {
-    /// Its fold.
-    pub smoothing: Option<Smoothing>,
-    /// How many times the largest input its scale has room for.
-    pub headroom: f32,
-    /// The damping of its Hessian.
-    pub damping: Option<f32>,
-    /// Why codes were chosen otherwise than asked for.
-    pub fallback: Option<String>,
-    /// By member.
-    pub verdicts: Vec<Verdict>,
-}
-
-/// The running maxima of an unfinished layer's inputs. They don't depend on how documents were grouped.
-#[derive(Clone, Debug, PartialEq, serde::Serialize, serde::Deserialize)]
-pub struct Observed {
-    /// The decoder layer.
-    pub layer: usize,
-    /// So many documents have passed, from the first on.
-    pub documents: usize,
-    /// `max |x|` by site.
-    pub maxima: Vec<f32>,
-}
 
 /// A line of the journal behind the first one.
 #[derive(Clone, Debug, PartialEq, serde::Serialize, serde::Deserialize)]
@@ -323,6 +196,7 @@ fn failed(what: &str, path: &Path, error: std::io::Error) -> Error {
 
 #[cfg(test)]
 mod tests {
+    use super::super::part::GroupRecord;
     use super::*;
 
     fn fingerprint() -> Fingerprint {
@@ -493,6 +367,6 @@ mod tests {
             let left = (history.changed, history.records.len(), history.observed.len());
             assert_eq!(left, (true, 1, observed), "{part} {forwarded}");
         }
-        assert!(!super::History::read(dir.path(), &fingerprint(), true, &|_| true).unwrap().changed);
+        assert!(!History::read(dir.path(), &fingerprint(), true, &|_| true).unwrap().changed);
     }
 }
