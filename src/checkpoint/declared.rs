@@ -33,6 +33,8 @@ pub struct Declared {
     pub idle: Vec<String>,
     /// ModelOpt: patterns of `ignore`, each with the first module that has it as a part of its name only.
     pub accidental: Vec<(String, String)>,
+    /// Modules beside the model's that `ignore` does not reach, where every linear is quantized that it does not reach.
+    pub unreached: Vec<String>,
     /// Patterns that can't be used, with the reason.
     pub faults: Vec<String>,
 }
@@ -47,8 +49,14 @@ pub fn declared_layout(config: &Map<String, Value>) -> Option<Layout> {
 }
 
 impl Declared {
-    /// Reads `quantization_config` for these modules.
-    pub fn of(layout: Option<Layout>, config: &Map<String, Value>, modules: &[String]) -> Declared {
+    /// Reads `quantization_config` for these modules. Those `beside` them have no scheme: only whether `ignore` reaches
+    /// them counts.
+    pub fn of(
+        layout: Option<Layout>,
+        config: &Map<String, Value>,
+        modules: &[String],
+        beside: &[String],
+    ) -> Declared {
         let Some(quantization) = config.get("quantization_config") else { return Declared::default() };
         let ignore = strings(&quantization["ignore"]);
         let targets = targets(layout, quantization);
@@ -75,6 +83,13 @@ impl Declared {
                 LinearScheme::Plain
             };
             declared.schemes.insert(module.clone(), scheme);
+        }
+        for module in beside {
+            let hits = ignored.matches(module);
+            used.extend(hits.iter().map(|hit| hit.pattern));
+            if hits.is_empty() && class.is_some_and(|scheme| scheme != LinearScheme::Plain) {
+                declared.unreached.push(module.clone());
+            }
         }
         let idle = ignore.iter().enumerate().filter(|(i, _)| !used.contains(i));
         declared.idle = idle.map(|(_, pattern)| pattern.clone()).collect();
@@ -288,7 +303,7 @@ mod tests {
     fn declared(layout: Layout, quantization: Value, modules: &[&str]) -> Declared {
         let config = json!({ "quantization_config": quantization });
         let modules: Vec<String> = modules.iter().map(|module| module.to_string()).collect();
-        Declared::of(Some(layout), config.as_object().unwrap(), &modules)
+        Declared::of(Some(layout), config.as_object().unwrap(), &modules, &[])
     }
 
     fn ignoring(layout: Layout, patterns: &[&str], modules: &[&str]) -> Declared {

@@ -92,6 +92,22 @@ impl Layout {
         }
     }
 
+    /// The entry of `ignore` that reaches the modules whose names end like this.
+    pub fn ignoring_names_that_end(self, end: &str) -> String {
+        match self {
+            Layout::CompressedTensors => format!("re:.*{}$", regex::escape(end)),
+            Layout::Modelopt => format!("*{end}"),
+        }
+    }
+
+    /// The entry of `ignore` that reaches the modules whose names have this part.
+    pub fn ignoring_names_with(self, part: &str) -> String {
+        match self {
+            Layout::CompressedTensors => format!("re:.*{}.*", regex::escape(part)),
+            Layout::Modelopt => format!("*{part}*"),
+        }
+    }
+
     /// What a global scale stored in this layout says.
     pub fn global(self, stored: f32) -> GlobalScale {
         match self {
@@ -102,7 +118,7 @@ impl Layout {
 }
 
 /// config.json of the output (the source's, field for field, and `quantization_config`), and
-/// hf_quant_config.json where the layout has one. `ignored` are full names of modules left unquantized.
+/// hf_quant_config.json where the layout has one. `ignored` are the names and patterns of modules left unquantized.
 pub fn quantization_files(
     source: &Map<String, Value>,
     layout: Layout,
@@ -112,11 +128,7 @@ pub fn quantization_files(
     let (quantization, separate) = match layout {
         Layout::CompressedTensors => (compressed_tensors(scheme, ignored), None),
         Layout::Modelopt => {
-            // ModelOpt lists the embedding too: it is a module that its wildcards would reach.
-            let mut excluded = ignored.to_vec();
-            excluded.push("model.embed_tokens".into());
-            excluded.sort();
-            let (inner, outer) = modelopt(scheme, &excluded);
+            let (inner, outer) = modelopt(scheme, ignored);
             (inner, Some(outer))
         }
     };
@@ -199,7 +211,12 @@ mod tests {
 
     fn files(layout: Layout, scheme: Scheme) -> (Value, Option<Value>) {
         let source = json!({"architectures": ["LlamaForCausalLM"], "hidden_size": 64});
-        quantization_files(source.as_object().unwrap(), layout, scheme, &["lm_head".into()])
+        let ignored: &[&str] = match layout {
+            Layout::CompressedTensors => &["lm_head"],
+            Layout::Modelopt => &["lm_head", "model.embed_tokens"],
+        };
+        let ignored: Vec<String> = ignored.iter().map(|name| name.to_string()).collect();
+        quantization_files(source.as_object().unwrap(), layout, scheme, &ignored)
     }
 
     #[test]

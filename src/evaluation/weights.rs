@@ -57,7 +57,7 @@ impl Weights {
                     .fix("evaluate BF16, F16, F32 or NVFP4 checkpoints")
                 })?;
                 let linears: Vec<String> = model.linears().map(|linear| linear.name.clone()).collect();
-                let declared = Declared::of(Some(layout), &config, &linears);
+                let declared = Declared::of(Some(layout), &config, &linears, &[]);
                 if let Some(fault) = declared.faults.first() {
                     return Err(Error::input(format!("quantization_config: {fault}"))
                         .file(checkpoint.dir.join("config.json"))

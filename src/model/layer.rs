@@ -1,7 +1,7 @@
 //! One decoder layer as data: its blocks, the tensors that they are made of, and the sites at which inputs meet
 //! weights. A family says how a layer is put together; everything else reads it here.
 
-use super::attention::Attention;
+use super::attention::{Attention, Projections};
 use super::mlp::Mlp;
 use crate::backend::{Gamma, NormKind};
 
@@ -278,6 +278,16 @@ impl Layer {
             site.fused.iter().map(linears).collect()
         };
         self.sites.iter().flat_map(of_site).collect()
+    }
+
+    /// Where values are what the linear of keys gives: its name, and the one that a linear of values would have.
+    pub fn values_from_keys(&self) -> impl Iterator<Item = (String, String)> {
+        let shared = self.attention().filter(|of| of.form.projections == Projections::KeyIsValue);
+        shared.map(|attention| {
+            let key = &self.linears[attention.inputs[1]].name;
+            let [_, k, v, _] = attention.form.names.linears;
+            (key.clone(), format!("{}{v}", key.strip_suffix(k).unwrap_or(key)))
+        })
     }
 
     /// The site that a linear reads.

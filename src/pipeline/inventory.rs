@@ -55,7 +55,7 @@ pub struct Inventory {
     pub layers: Vec<Part>,
     /// The final norm and lm_head, which the last stage owns.
     pub tail: Part,
-    /// Modules left unquantized, as full names.
+    /// Modules left unquantized: what config.json of the output lists.
     pub ignored: Vec<String>,
     /// The dtype in which activations are computed.
     pub compute: Compute,
@@ -78,21 +78,24 @@ impl Inventory {
         checkpoint.full_precision()?;
         // First of all: a tensor that is missing is found before so much as a name is made of those behind it.
         let seen = check(checkpoint, model)?;
-        let ignored = super::ignore::ignored_modules(model, ignore)?;
+        let names = checkpoint.tensors.keys().map(String::as_str);
+        let carried: BTreeSet<&str> = names.filter(|name| model.is_carried(name)).collect();
+        let ignored = super::ignore::ignored_modules(model, &carried, ignore)?;
         let builder = Builder { checkpoint, layout, scheme, ignored: &ignored };
         let head = builder.part(std::slice::from_ref(&model.embedding), vec![])?;
         let layer = |layer: &Layer| builder.part(&layer.tensors(), layer.groups());
         let layers = model.layers.iter().map(layer).collect::<Result<Vec<_>>>()?;
         let mut tail = builder.part(&model.tail_tensors(), vec![])?;
-        for (name, entry) in checkpoint.tensors.iter().filter(|(name, _)| model.is_carried(name)) {
-            tail.add_copy(name, entry);
+        for name in &carried {
+            tail.add_copy(name, checkpoint.entry(name)?);
         }
         let all_bf16 = seen
             .iter()
             .filter_map(|name| checkpoint.tensors.get(name))
             .all(|entry| entry.shape.len() < 2 || entry.dtype == Dtype::BF16);
         let compute = if all_bf16 { Compute::Bf16 } else { Compute::F32 };
-        Ok(Inventory { head, layers, tail, ignored: ignored.into_iter().collect(), compute })
+        let ignored = super::ignore::entries(model, &carried, &ignored, layout);
+        Ok(Inventory { head, layers, tail, ignored, compute })
     }
 
     /// The tensors of a part.

@@ -207,7 +207,8 @@ fn second_file_agrees(subject: &Subject, findings: &mut Findings) {
 /// ModelOpt's loaders take a pattern as any part of a name, so `gate` removes gate_proj and
 /// `model.layers.1` removes layers 10 to 19 as well.
 fn exclusions(subject: &Subject, findings: &mut Findings) {
-    if !is_mixed(subject) && subject.schemes.of_module("lm_head") != LinearScheme::Plain {
+    let head = subject.model.as_ref().map_or("lm_head", |model| &model.head);
+    if !is_mixed(subject) && subject.schemes.of_module(head) != LinearScheme::Plain {
         findings.error("lm_head is not listed in ignore, so loaders build it quantized");
     }
     for (pattern, module) in

@@ -135,8 +135,13 @@ impl Subject {
             return;
         }
         let linears = self.linears().into_iter().map(|linear| linear.name);
-        let others = [model.head.clone(), model.embedding_module()];
-        self.schemes = Declared::of(self.layout, config, &linears.chain(others).collect::<Vec<_>>());
+        let modules: Vec<String> = linears.chain([model.head.clone(), model.embedding_module()]).collect();
+        let carried =
+            self.tensors.iter().filter(|(name, found)| model.is_carried(name) && found.shape.len() > 1);
+        let module = |(name, _): (&String, &Found)| name.strip_suffix(".weight").map(str::to_string);
+        let values = model.layers.iter().flat_map(Layer::values_from_keys).map(|(_, value)| value);
+        let beside: Vec<String> = carried.filter_map(module).chain(values).collect();
+        self.schemes = Declared::of(self.layout, config, &modules, &beside);
     }
 
     /// A source is not a broken output: nothing in it says that it is quantized.

@@ -253,6 +253,16 @@ fn ignored_is_plain(subject: &Subject, findings: &mut Findings) {
     for pattern in &subject.schemes.idle {
         findings.warn(format!("{pattern:?} in ignore matches no linear"));
     }
+    let is_plain = |module: &&String| subject.tensors.contains_key(&format!("{module}.weight"));
+    let unreached: Vec<&String> = subject.schemes.unreached.iter().filter(is_plain).collect();
+    if let Some(first) = unreached.first() {
+        let text = format!(
+            "{} modules beside the decoder are plain, and ignore does not reach them; {first} is the first",
+            unreached.len()
+        );
+        // Other programs may list linears alone, by full names, and embeddings are no linears.
+        if subject.ours { findings.error(text) } else { findings.warn(text) }
+    }
     if subject.schemes.count().is_empty() {
         findings.warn("the configuration quantizes no linear");
     }
