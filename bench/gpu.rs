@@ -16,7 +16,7 @@ use std::time::Instant;
 
 use cudarc::driver::CudaContext;
 use distq::backend::cuda::{Cuda, Tensor, available};
-use distq::backend::{Activation, AttentionShape, Backend, Compute, NormKind, Rotation};
+use distq::backend::{Activation, AttentionShape, Backend, Compute, Gamma, Heads, NormKind, Rotation};
 use distq::calibration::micro_batches;
 use distq::checkpoint::Checkpoint;
 use distq::error::Result;
@@ -69,6 +69,68 @@ fn copy_rate() -> f64 {
         best = best.min(started.elapsed().as_secs_f64() / 4.0);
     }
     2.0 * bytes as f64 / best
+}
+
+/// The operations that only families other than Llama's have, on this model's sizes: tokens, hidden and intermediate
+/// features, those of all queries and of all keys.
+fn other_families(
+    cuda: &Cuda,
+    tick: &Tensor,
+    [t, h, i, q, kv]: [usize; 5],
+    dim: usize,
+    row: &dyn Fn(&str, usize, f64),
+) -> Result<()> {
+    let time = |work: &mut dyn FnMut() -> Result<()>| seconds(cuda, tick, work);
+    let random = |rows: usize, cols: usize| -> Result<Tensor> {
+        let values = (0..rows * cols).map(|i| (i * 7919 % 2001) as f32 / 1000.0 - 1.0);
+        cuda.constant(&values.collect::<Vec<_>>(), cols)
+    };
+    let (narrow, mut x, weight, of_head) = (random(t, h)?, random(t, h)?, random(1, h)?, random(1, dim)?);
+    let (mut queries, mut keys, gates) = (random(t, q)?, random(t, kv)?, random(t, q)?);
+    let (mut wide, up) = (random(t, i)?, random(t, i)?);
+    let rms = NormKind { gamma: Gamma::OnePlus, rounds_first: false, ..NormKind::llama(1e-6) };
+    let centered = NormKind { centers: true, gamma: Gamma::Weight, ..rms };
+    for (name, kind) in [("norm, 1 + w", rms), ("norm, centered", centered)] {
+        row(name, 2 * 2 * t * h, time(&mut || cuda.norm(&narrow, &kind, Some(&weight), None, &mut x))?);
+    }
+    row("norm of the heads of q and k", 2 * 2 * t * (q + kv), {
+        time(&mut || {
+            cuda.norm_heads(&mut queries, dim, &rms, Some(&of_head))?;
+            cuda.norm_heads(&mut keys, dim, &rms, Some(&of_head))
+        })?
+    });
+    let rows = cuda.index(&(0..t as u32).map(|row| row % 1200).collect::<Vec<_>>())?;
+    let angles = vec![0.5; 1200 * dim / 2];
+    let tables = [cuda.constant(&angles, dim / 2)?, cuda.exact_constant(&angles, dim / 2)?];
+    for (name, interleaved, table) in [("interleaved", true, 0), ("exact tables", false, 1)] {
+        let rotation = Rotation { head_dim: dim, interleaved, rounds_once: true };
+        row(&format!("rope on q, {name}"), 2 * 2 * t * q, {
+            time(&mut || cuda.rope(&mut queries, &rotation, &tables[table], &tables[table], &rows))?
+        });
+    }
+    let xielu = Activation::Xielu { alpha_p: 0.8, alpha_n: 1.3 };
+    for activation in [Activation::GeluTanh, Activation::Gelu] {
+        let name = format!("{activation:?} times up");
+        row(&name, 3 * 2 * t * i, time(&mut || cuda.activate_mul(&mut wide, &up, activation))?);
+    }
+    for (name, activation) in [("squared relu", Activation::Relu2), ("xIELU", xielu)] {
+        row(name, 2 * 2 * t * i, time(&mut || cuda.activate(&mut wide, activation))?);
+    }
+    row("gate of q by sigmoid", 3 * 2 * t * q, time(&mut || cuda.gate_by_sigmoid(&mut queries, &gates))?);
+    row("multiply", 2 * 2 * t * h, time(&mut || cuda.multiply(&mut x, 1.0))?);
+    let factors = cuda.constant(&[1.0; 1200], 1)?;
+    row(
+        "multiply rows of q",
+        2 * 2 * t * q,
+        time(&mut || cuda.multiply_rows(&mut queries, &factors, &rows))?,
+    );
+    row("softcap", 2 * 2 * t * i, time(&mut || cuda.softcap(&mut wide, 30.0))?);
+    row(
+        "columns of a fused output",
+        2 * 2 * t * kv,
+        time(&mut || cuda.copy_columns(&gates, q - kv, &mut keys))?,
+    );
+    Ok(())
 }
 
 fn measure(dir: &Path, tokens: usize) -> Result<()> {
@@ -167,7 +229,8 @@ fn measure(dir: &Path, tokens: usize) -> Result<()> {
             rate / copies
         );
     };
-    let (llama, rotation) = (NormKind::llama(1e-5), Rotation::llama(attention.heads.dim));
+    let heads = attention.heads;
+    let (llama, rotation) = (NormKind::llama(1e-5), Rotation::llama(heads.dim));
     let time = |work: &mut dyn FnMut() -> Result<()>| seconds(&cuda, &tick, work);
     row(
         "rms_norm, twice",
@@ -183,7 +246,7 @@ fn measure(dir: &Path, tokens: usize) -> Result<()> {
         })?
     });
     let rows = cuda.index(&(0..t as u32).map(|row| row % 1200).collect::<Vec<_>>())?;
-    let cos = random(1200, attention.heads.dim / 2)?;
+    let cos = random(1200, heads.dim / 2)?;
     row("rope on q and k", 2 * 2 * t * (q + kv), {
         time(&mut || {
             cuda.rope(&mut out_q, &rotation, &cos, &cos, &rows)?;
@@ -192,20 +255,24 @@ fn measure(dir: &Path, tokens: usize) -> Result<()> {
     });
     row("silu_mul", 3 * 2 * t * i, time(&mut || cuda.activate_mul(&mut wide, &wide2, Activation::Silu))?);
     row("add, twice", 2 * 3 * 2 * t * h, time(&mut || cuda.add(&mut x, &narrow))? * 2.0);
+    other_families(&cuda, &tick, [t, h, i, q, kv], heads.dim, &row)?;
 
     let mut out = random(t, q)?;
-    let heads = attention.heads;
-    let mut attend = |length: usize| -> Result<()> {
+    let mut attend = |length: usize, dim: usize, softcap: Option<f32>| -> Result<()> {
+        if !kv.is_multiple_of(dim) {
+            return Ok(());
+        }
         let mut bounds: Vec<u32> = (0..t.div_ceil(length)).map(|i| (i * length) as u32).collect();
         bounds.push(t as u32);
         let bounds = cuda.index(&bounds)?;
-        let scale = (heads.dim as f32).powf(-0.5);
-        let how = AttentionShape { heads, scale, window: None, softcap: None };
+        let heads = Heads { heads: q / dim, kv_heads: kv / dim, dim };
+        let how = AttentionShape { heads, scale: (dim as f32).powf(-0.5), window: None, softcap };
         let taken = time(&mut || cuda.attention(&out_q, &k, &v, &bounds, &how, None, &mut out))? * share;
         // Half of a square of scores, a product with the keys and one with the values.
         let flops = 2.0 * tokens as f64 * length as f64 * q as f64;
+        let capped = if softcap.is_some() { ", softcap" } else { "" };
         println!(
-            "| attention, documents of {length} | arithmetic | {:.1} TFLOP | {:.1} | {:.0} TFLOP/s | {:.2} |",
+            "| attention, documents of {length}, heads of {dim}{capped} | arithmetic | {:.1} TFLOP | {:.1} | {:.0} TFLOP/s | {:.2} |",
             flops / 1e12,
             taken * 1e3,
             flops / taken / 1e12,
@@ -213,9 +280,12 @@ fn measure(dir: &Path, tokens: usize) -> Result<()> {
         );
         Ok(())
     };
-    attend(675)?;
-    attend(1200)?;
-    attend(t)?;
+    for length in [675, 1200, t] {
+        attend(length, heads.dim, None)?;
+    }
+    attend(1200, heads.dim, Some(50.0))?;
+    attend(1200, 256, None)?;
+    attend(1200, 512, None)?;
 
     let (mut codes, mut scales) = (vec![0; h * i / 2], vec![0; h * i / 16]);
     let scale = GlobalScale::from_amax(1.0);
