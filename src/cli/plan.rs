@@ -3,8 +3,8 @@
 use distq::calibration::Calibration;
 use distq::cluster::Cluster;
 use distq::error::Result;
+use distq::job::{foresee, survey};
 use distq::model::Model;
-use distq::pipeline::{foresee, survey};
 use distq::planner::AssumedMachine;
 use distq::units::parse_link;
 

@@ -7,8 +7,9 @@ use distq::calibration::{CalibOptions, Source};
 use distq::checkpoint::{Existing, Layout, Scheme};
 use distq::cluster::Cluster;
 use distq::error::{Error, Result};
+use distq::job::{Options, PlanOptions};
 use distq::methods::Method;
-use distq::pipeline::{self, PlanOptions};
+use distq::quantize::quantize;
 use distq::units::parse_bytes;
 
 /// How a checkpoint is split over ranks; shared with `distq plan`.
@@ -148,7 +149,7 @@ pub fn run(args: &Args, quiet: bool, cluster: &Cluster) -> Result<()> {
         _ => Existing::Refuse,
     };
     let calib = cluster.agree(args.calib.options())?;
-    let options = pipeline::Options {
+    let options = Options {
         plan: args.plan.options(cluster),
         out: args.out.clone(),
         calib,
@@ -158,5 +159,5 @@ pub fn run(args: &Args, quiet: bool, cluster: &Cluster) -> Result<()> {
         reports: args.report.clone(),
         quiet,
     };
-    pipeline::quantize(cluster, &options)
+    quantize(cluster, &options)
 }

@@ -1,5 +1,5 @@
 //! The schedule, played through with expected times: every layer over every micro-batch on every stage, in
-//! the order in which `pipeline` does it. What the closed formula of `cost.rs` leaves out happens here: a
+//! the order in which `walk` does it. What the closed formula of `cost.rs` leaves out happens here: a
 //! group waits until all of it has come, a streamed layer is loaded when the one before was taken, a layer's codes
 //! are chosen early where nothing waits for the disk, and otherwise behind the last group, where a streamed stage
 //! hands a layer over when all but the one before are written.

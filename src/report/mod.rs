@@ -1,11 +1,13 @@
 //! What people see: the plan, progress, the closing table, JSON. The only room that prints results.
 
 mod evaluation;
+mod html;
 mod inspect;
 mod page;
 mod place;
 mod run;
 mod timeline;
+mod write;
 
 pub use inspect::{Inspection, inspect};
 pub use place::try_place;

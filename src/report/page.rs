@@ -2,7 +2,8 @@
 
 use std::fmt::Write;
 
-use super::RunReport;
+use super::html::escape;
+use super::run::RunReport;
 use super::timeline::timeline;
 use crate::record::PartId;
 use crate::units::{binary, duration};
@@ -248,10 +249,6 @@ fn bars(counts: &[u64]) -> String {
     };
     let bars: String = counts.iter().enumerate().map(bar).collect();
     format!("<svg width=\"{}\" height=\"16\">{bars}</svg>", 5 * counts.len())
-}
-
-pub(super) fn escape(text: &str) -> String {
-    text.replace('&', "&amp;").replace('<', "&lt;").replace('>', "&gt;")
 }
 
 #[cfg(test)]

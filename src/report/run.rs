@@ -4,16 +4,13 @@
 
 use std::collections::BTreeMap;
 use std::fmt;
-use std::path::Path;
 
-use super::page::page;
 use crate::backend::Device;
 use crate::calibration;
 use crate::checkpoint::some;
 use crate::cluster::{Cluster, Machine, own_memory};
-use crate::error::{Error, Result};
+use crate::job::Options;
 use crate::methods::Codes;
-use crate::pipeline::Options;
 use crate::planner::Plan;
 use crate::progress::{Bar, Phases};
 use crate::record::{PartId, PartRecord};
@@ -204,25 +201,6 @@ fn health(plan: &Plan, parts: &[PartRecord]) -> BTreeMap<usize, Health> {
         }
     }
     by_rank
-}
-
-impl RunReport {
-    /// Writes the report: as a page where the name ends in `.html`, as JSON otherwise.
-    ///
-    /// # Errors
-    /// Exit code 5 where the file can't be written.
-    pub fn write(&self, path: &Path) -> Result<()> {
-        let text = if path.extension().is_some_and(|extension| extension == "html") {
-            page(self)
-        } else {
-            serde_json::to_string_pretty(self).expect("reports are plain data") + "\n"
-        };
-        std::fs::write(path, text).map_err(|e| {
-            Error::run(format!("the output is published, but the report can't be written: {e}"))
-                .file(path)
-                .fix("choose a directory that you may write to")
-        })
-    }
 }
 
 impl fmt::Display for RunReport {

@@ -2,8 +2,8 @@
 
 use std::fmt::Write;
 
-use super::RankReport;
-use super::page::escape;
+use super::html::escape;
+use super::run::RankReport;
 use crate::progress::Work;
 
 /// The picture and the shares of time, as HTML. Nothing where no rank computed.

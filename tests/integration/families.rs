@@ -7,8 +7,8 @@ use distq::backend::cpu::Cpu;
 use distq::backend::{Backend, Compute};
 use distq::checkpoint::{Checkpoint, Layout, Scheme};
 use distq::forward::{Decoder, LayerWeights, Tables, finish_logits};
+use distq::job::Inventory;
 use distq::model::Model;
-use distq::pipeline::Inventory;
 use half::bf16;
 use safetensors::SafeTensors;
 

@@ -8,13 +8,13 @@ use crossbeam_channel::{Receiver, Sender, bounded};
 use safetensors::Dtype;
 
 use super::health::{healthy_input, healthy_weight};
-use super::job::Job;
 use super::messages::Outbox;
 use super::placer::{Placer, ToPlace};
 use crate::backend::Solver;
 use crate::checkpoint::{OutputFiles, narrow, stored, widen};
 use crate::error::{Error, Result};
 use crate::forward::LayerWeights;
+use crate::job::Job;
 use crate::methods::layer::{Folds, Layer, QuantizedGroup};
 use crate::methods::{SiteStatistics, quantize_linear, weight_amax};
 use crate::model::Norm;
@@ -382,7 +382,7 @@ impl Stored {
 }
 
 /// The norms and biases that folds change, in the dtypes of the source.
-pub(super) fn rewritten(job: &Job, layer: usize, folds: &Folds) -> Result<HashMap<String, Vec<u8>>> {
+pub fn rewritten(job: &Job, layer: usize, folds: &Folds) -> Result<HashMap<String, Vec<u8>>> {
     let spec = &job.model.layers[layer];
     let mut tensors = HashMap::new();
     let mut scale = |name: String, factors: &[f32]| -> Result<()> {

@@ -6,10 +6,10 @@ use std::time::Instant;
 
 use crossbeam_channel::{Receiver, Sender, select};
 
-use super::messages::{Hidden, Outbox};
 use crate::backend::Backend;
 use crate::cluster::{Frame, spare};
 use crate::error::{Error, Result};
+use crate::finish::{Hidden, Outbox};
 
 /// Hidden states that have been copied to the device, or are ready to leave it, and wait for their turn.
 pub const WAITING: usize = 1;

@@ -1,12 +1,4 @@
-//! Hidden states in files under `--work-dir`: what a run keeps so that another can begin in the middle, and what
-//! has no room in memory.
-//!
-//! A file holds the hidden states of consecutive documents before a decoder layer: rows `[tokens, hidden]` in the
-//! compute dtype, then the blake3 of its name and its rows. The name says which run, layer and documents, so a file
-//! of another run, another place or a torn write is never taken. Files are written under another name and renamed.
-//!
-//! They hold what the calibration data says, and `--work-dir` may be open to others: a run's files are in a directory of
-//! its own that only its user may enter, under names that can't be guessed until they are complete.
+//! The directory in which a run keeps its hidden states.
 
 use std::fs::{self, File};
 use std::io::Write;
@@ -14,45 +6,16 @@ use std::ops::Range;
 use std::os::unix::fs::{DirBuilderExt, FileExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex};
-use std::thread::JoinHandle;
 
-use crossbeam_channel::{Receiver, Sender, bounded};
-
+use super::file::{DIGEST, PREFIX, SUFFIX, UNFINISHED, failed, path, remove, seeded, temporary};
+use super::snapshot::{Snapshot, Writer};
 use crate::backend::Compute;
 use crate::error::{Error, Result};
-use crate::threads;
+use crate::schedule::Kept;
 use crate::units::binary;
 
-const PREFIX: &str = "distq-";
-const SUFFIX: &str = ".states";
-const UNFINISHED: &str = ".unfinished";
 /// Bytes that are read at a time; whole rows' elements.
 const READ: usize = 8 << 20;
-const DIGEST: usize = blake3::OUT_LEN;
-
-/// Micro-batches that may wait for the disk.
-const WAITING: usize = 2;
-
-/// The hidden states of consecutive documents before a layer.
-#[derive(Clone, Debug, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
-pub struct Kept {
-    /// The decoder layer that they go into.
-    pub layer: usize,
-    /// The documents.
-    pub documents: Range<usize>,
-}
-
-impl Kept {
-    /// Whether it holds these documents before this layer.
-    pub fn holds(&self, layer: usize, documents: &Range<usize>) -> bool {
-        self.layer == layer && self.covers(documents)
-    }
-
-    /// Whether it holds these documents.
-    pub fn covers(&self, documents: &Range<usize>) -> bool {
-        self.documents.start <= documents.start && documents.end <= self.documents.end
-    }
-}
 
 /// The kept hidden states of one run, as one rank sees them.
 pub struct States {
@@ -81,11 +44,6 @@ pub fn check(dir: &Path) -> Result<()> {
     }
     let tried = temporary(dir).and_then(|mut probe| probe.write_all(b"x"));
     tried.map_err(|e| failed("can't write in --work-dir", dir, e))
-}
-
-/// A file of a random name that did not exist, for this user alone; removed when dropped.
-fn temporary(dir: &Path) -> std::io::Result<tempfile::NamedTempFile> {
-    tempfile::Builder::new().prefix(PREFIX).suffix(UNFINISHED).tempfile_in(dir)
 }
 
 /// Makes a run's directory, for this user alone, where it is not there; returns who owns what is written in it.
@@ -198,7 +156,6 @@ impl States {
     /// # Errors
     /// Exit code 5 where the system refuses a thread.
     pub fn begin(&self, kept: Kept, protected: usize) -> Result<Snapshot> {
-        let (rows, incoming) = bounded(WAITING);
         let writer = Writer {
             path: self.path(&kept),
             dir: self.dir.clone(),
@@ -207,8 +164,7 @@ impl States {
             protected,
             kept,
         };
-        let writer = threads::spawn("states", move || writer.run(&incoming))?;
-        Ok(Snapshot { rows, writer })
+        Snapshot::begin(writer)
     }
 
     /// Reads the hidden states of `documents` before `layer` into `bytes`, which is resized.
@@ -299,95 +255,6 @@ impl States {
     }
 }
 
-/// Hidden states on their way to a file.
-pub struct Snapshot {
-    rows: Sender<Vec<u8>>,
-    writer: JoinHandle<Result<()>>,
-}
-
-impl Snapshot {
-    /// Takes the rows of the next micro-batch; waits while others wait for the disk. Whether they are still wanted:
-    /// where not, [`Snapshot::finish`] says why.
-    pub fn take(&self, rows: Vec<u8>) -> bool {
-        self.rows.send(rows).is_ok()
-    }
-
-    /// Waits until all is written.
-    ///
-    /// # Errors
-    /// Exit code 5 where the disk refused.
-    pub fn finish(self) -> Result<()> {
-        drop(self.rows);
-        threads::value(self.writer.join())
-    }
-}
-
-/// The thread behind a [`Snapshot`].
-struct Writer {
-    path: PathBuf,
-    dir: PathBuf,
-    /// Of all rows.
-    bytes: u64,
-    files: Arc<Mutex<Vec<Kept>>>,
-    protected: usize,
-    kept: Kept,
-}
-
-impl Writer {
-    fn run(self, rows: &Receiver<Vec<u8>>) -> Result<()> {
-        match self.write(rows) {
-            Ok(true) => self.supersede(),
-            Ok(false) => Ok(()),
-            Err(e) => Err(failed("can't keep hidden states", &self.path, e)),
-        }
-    }
-
-    /// Whether the file is complete: not where rows are missing because the run ended. Where it isn't, nothing stays.
-    fn write(&self, rows: &Receiver<Vec<u8>>) -> std::io::Result<bool> {
-        let mut file = temporary(&self.dir)?;
-        let (mut digest, mut bytes) = (seeded(&self.path), 0);
-        for rows in rows {
-            digest.update(&rows);
-            file.write_all(&rows)?;
-            bytes += rows.len() as u64;
-        }
-        if bytes != self.bytes {
-            return Ok(false);
-        }
-        file.write_all(digest.finalize().as_bytes())?;
-        file.persist(&self.path)?;
-        Ok(true)
-    }
-
-    /// Enters the new file, and removes those that nobody needs any more.
-    fn supersede(&self) -> Result<()> {
-        let mut files = self.files.lock().expect("no holder of this lock panics");
-        let older = |kept: &Kept| kept.layer < self.kept.layer && self.kept.covers(&kept.documents);
-        let newest = files.iter().filter(|kept| older(kept)).map(|kept| kept.layer).max().unwrap_or(0);
-        let out = |kept: &Kept| older(kept) && kept.layer < newest && kept.layer > self.protected;
-        for kept in files.iter().filter(|kept| out(kept)) {
-            let path = path(&self.dir, kept);
-            remove(&path).map_err(|e| failed("can't remove", &path, e))?;
-        }
-        files.retain(|kept| !out(kept) && *kept != self.kept);
-        files.push(self.kept.clone());
-        Ok(())
-    }
-}
-
-fn path(dir: &Path, Kept { layer, documents }: &Kept) -> PathBuf {
-    dir.join(format!("{layer}-{}-{}{SUFFIX}", documents.start, documents.end))
-}
-
-/// The digest of a file's name and of the run's, to go on with its rows.
-fn seeded(path: &Path) -> blake3::Hasher {
-    let mut digest = blake3::Hasher::new();
-    for name in [path.parent().and_then(Path::file_name), path.file_name()].into_iter().flatten() {
-        digest.update(name.as_encoded_bytes()).update(b"/");
-    }
-    digest
-}
-
 /// Bytes of hidden states that other runs have in `dir`, as far as this user may look.
 fn of_others(dir: &Path, own: &Path) -> u64 {
     let runs = fs::read_dir(dir).into_iter().flatten().flatten().map(|entry| entry.path());
@@ -407,20 +274,6 @@ fn all_finite(rows: &[u8], compute: Compute) -> bool {
             rows.chunks_exact(4).all(|x| f32::from_le_bytes([x[0], x[1], x[2], x[3]]).is_finite())
         }
     }
-}
-
-/// Removes a file; on a shared disk another rank may have been faster.
-fn remove(path: &Path) -> std::io::Result<()> {
-    match fs::remove_file(path) {
-        Err(e) if e.kind() == std::io::ErrorKind::NotFound => Ok(()),
-        removed => removed,
-    }
-}
-
-fn failed(what: &str, path: &Path, error: std::io::Error) -> Error {
-    Error::run(format!("{what}: {error}"))
-        .file(path)
-        .fix("free some space there or name another --work-dir, then use --resume")
 }
 
 #[cfg(test)]

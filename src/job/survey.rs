@@ -1,50 +1,17 @@
 //! Everything that is known before a byte of weights is read: the model, the machines, the plan.
 
-use std::path::PathBuf;
-
 use super::inventory::Inventory;
+use super::options::PlanOptions;
 use super::probe::{Probe, Rates};
-use crate::backend::{Device, DeviceChoice};
-use crate::calibration::pairs;
-use crate::calibration::{MicroBatch, micro_batches};
-use crate::checkpoint::{Checkpoint, Layout, Scheme};
+use crate::backend::Device;
+use crate::calibration::{MicroBatch, micro_batches, pairs};
+use crate::checkpoint::Checkpoint;
 use crate::cluster::{Cluster, Machine};
 use crate::devices::open_device;
 use crate::error::{Error, Result};
-use crate::methods::Method;
 use crate::model::Model;
 use crate::planner::{ASSUMED_LINK, AssumedMachine, Node, Plan, Work, plan};
 use crate::units::binary;
-
-/// What decides who owns which layers.
-#[derive(Clone, Debug)]
-pub struct PlanOptions {
-    /// The source directory.
-    pub model: PathBuf,
-    /// How the output is written.
-    pub layout: Layout,
-    /// What is quantized.
-    pub scheme: Scheme,
-    /// How codes and scales are chosen.
-    pub method: Method,
-    /// Patterns of modules to leave alone.
-    pub ignore: Vec<String>,
-    /// Layers by rank, where the user chose them.
-    pub layers_per_rank: Option<Vec<usize>>,
-    /// Bytes by rank that it may use, where the user chose them; one value serves all.
-    pub memory_per_rank: Vec<u64>,
-    /// Where to compute.
-    pub device: DeviceChoice,
-    /// A directory on each host for hidden states.
-    pub work_dir: Option<PathBuf>,
-}
-
-impl PlanOptions {
-    /// Whether hidden states must walk through the model at all.
-    pub fn calibrates(&self) -> bool {
-        self.scheme.quantizes_activations() || self.method.needs_statistics()
-    }
-}
 
 /// The model and the machines.
 pub struct Survey {
@@ -287,6 +254,8 @@ fn by_rank<T: Copy>(option: &str, chosen: &[T], rank: usize, ranks: usize) -> Re
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::backend::DeviceChoice;
+    use crate::checkpoint::{Layout, Scheme};
     use crate::planner::Mode;
     use crate::units::parse_bytes;
 

@@ -3,7 +3,7 @@
 
 use std::ops::Range;
 
-use super::states::Kept;
+use super::kept::Kept;
 
 /// The way of one micro-batch through a stage.
 #[derive(Clone, Debug, PartialEq, Eq)]

@@ -2,54 +2,26 @@
 
 use std::collections::HashMap;
 use std::ops::Range;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::time::Instant;
 
-use super::inventory::Inventory;
-use super::job::Job;
-use super::messages::Outbox;
-use super::placing::{Placed, place};
-use super::prover::Prover;
-use super::root::Root;
-use super::routes::{Route, Routes, Station, routes};
-use super::stage::Stage;
-use super::states::{self, Kept, States};
-use super::survey::{PlanOptions, Survey, survey};
 use crate::backend::{Device, OnBackend, Solver};
-use crate::calibration::{CalibOptions, Calibration, Sampling};
-use crate::checkpoint::{
-    Existing, OutputDir, OutputFiles, copy_side_files, quantization_files, write_digests,
-};
+use crate::calibration::{Calibration, Sampling};
+use crate::checkpoint::{OutputDir, OutputFiles, copy_side_files, quantization_files, write_digests};
 use crate::cluster::Cluster;
 use crate::error::{Error, Result};
+use crate::finish::{Outbox, Prover, Root};
+use crate::job::{Inventory, Job, Options, Placed, Survey, place, survey};
 use crate::model::Model;
 use crate::planner::{Mode, Plan};
 use crate::progress::{Phases, Progress, Timeline};
 use crate::record::{Fingerprint, PartRecord};
 use crate::report::{self, RankReport, RunReport};
+use crate::schedule::{Kept, Route, Routes, Station, routes};
+use crate::states::{self, States};
 use crate::threads;
 use crate::verify::Proof;
-
-/// What `distq quantize` was asked to do.
-#[derive(Clone, Debug)]
-pub struct Options {
-    /// Model, layout, scheme, split.
-    pub plan: PlanOptions,
-    /// The output directory.
-    pub out: PathBuf,
-    /// Calibration data.
-    pub calib: CalibOptions,
-    /// Largest shard in bytes.
-    pub max_shard: u64,
-    /// What to do with what an earlier run left.
-    pub existing: Existing,
-    /// Send every tensor through rank 0.
-    pub gather: bool,
-    /// Where the report goes.
-    pub reports: Vec<PathBuf>,
-    /// Show no progress.
-    pub quiet: bool,
-}
+use crate::walk::Stage;
 
 /// Runs the job on this rank.
 ///

@@ -3,9 +3,11 @@
 use std::ops::Range;
 use std::time::{Duration, Instant};
 
-use super::job::Job;
-use super::states::{Kept, Snapshot, States};
+use super::directory::States;
+use super::snapshot::Snapshot;
 use crate::error::Result;
+use crate::job::Job;
+use crate::schedule::Kept;
 
 /// States are kept when losing them would repeat this share of all passes of micro-batches through layers.
 const WORTH: usize = 64;

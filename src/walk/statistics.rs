@@ -1,8 +1,8 @@
 //! What methods need to know of a layer's inputs, summed up and sampled while micro-batches pass.
 
-use super::job::Job;
 use crate::backend::{Channels, Gathered, Solver};
 use crate::error::Result;
+use crate::job::Job;
 use crate::methods::SiteStatistics;
 use crate::model::{Layer, Site};
 

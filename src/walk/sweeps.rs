@@ -5,12 +5,11 @@ use std::sync::Arc;
 
 use crossbeam_channel::{Receiver, Sender, TrySendError};
 
-use super::finish::{Finished, Inputs, Lent};
-use super::messages::Event;
 use super::stage::{Stage, finisher_ended, send};
 use super::statistics::{Gathering, LayerSums};
 use crate::backend::Solver;
 use crate::error::Result;
+use crate::finish::{Event, Finished, Inputs, Lent};
 use crate::forward::LayerWeights;
 use crate::planner::Mode;
 use crate::record::{Observed, PartId};

@@ -9,7 +9,7 @@ use std::path::{Path, PathBuf};
 use serde_json::{Map, json};
 
 use super::inventory::{Inventory, Part};
-use super::quantize::Options;
+use super::options::Options;
 use crate::checkpoint::{NONCE, OutTensor, OutputDir, OutputFiles, Placement, digest};
 use crate::cluster::Cluster;
 use crate::error::{Error, Result};

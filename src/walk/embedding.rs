@@ -9,11 +9,11 @@ use rayon::ThreadPool;
 use rayon::prelude::*;
 
 use super::crossing::Arrived;
-use super::job::Job;
-use super::routes::{Route, Routes};
 use crate::backend::{Backend, Compute};
 use crate::checkpoint::{SourceTensor, narrow, widen};
 use crate::error::Result;
+use crate::job::Job;
+use crate::schedule::{Route, Routes};
 use crate::threads;
 
 /// Threads that gather: rows come out of memory faster than a layer passes them. In the common pool they would wait

@@ -6,10 +6,10 @@ use std::time::Instant;
 
 use crossbeam_channel::{Receiver, Sender};
 
-use super::job::Job;
 use super::messages::{Event, Outbox};
 use crate::checkpoint::{OutTensor, OutputFiles, SourceTensor, digest, first_not_finite};
 use crate::error::{Error, Result};
+use crate::job::Job;
 use crate::record::{GroupRecord, PartId, PartRecord};
 
 /// Something to be placed.

@@ -7,18 +7,16 @@ use std::time::Instant;
 use crossbeam_channel::{Receiver, Select, Sender, TryRecvError, bounded};
 
 use super::crossing::Crossing;
-use super::finish::Finished;
-use super::keeping::{Keeper, Keeping};
-use super::messages::Event;
-use super::routes::Route;
 use super::stage::Stage;
 use super::sweeps::{Forward, Maxima, Statistics, Sweep};
-use super::visits::{Visit, visits};
 use crate::backend::{Backend, Solver};
 use crate::error::{Error, Result};
+use crate::finish::{Event, Finished};
 use crate::forward::{Batch, Decoder, LayerWeights, Tables};
 use crate::planner::Mode;
 use crate::progress::Work;
+use crate::schedule::{Route, Visit, visits};
+use crate::states::{Keeper, Keeping};
 use crate::threads;
 
 /// What all sweeps over a slice share.

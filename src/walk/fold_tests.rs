@@ -8,15 +8,14 @@ use safetensors::tensor::TensorView;
 use safetensors::{Dtype, SafeTensors};
 use tempfile::TempDir;
 
-use super::finish::rewritten;
-use super::inventory::Inventory;
-use super::job::Job;
 use super::statistics::Gathering;
 use crate::backend::cpu::{Cpu, Tensor};
 use crate::backend::{Backend, Compute, Solver};
 use crate::calibration::{Sampling, micro_batches};
 use crate::checkpoint::{Checkpoint, Layout, Scheme, SourceTensor, narrow, stored, widen};
+use crate::finish::rewritten;
 use crate::forward::{Decoder, LayerWeights, Tables};
+use crate::job::{Inventory, Job};
 use crate::methods::Method;
 use crate::methods::layer::Layer;
 use crate::model::{Model, Norm, Producer};

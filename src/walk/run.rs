@@ -5,53 +5,22 @@
 //! waits until weights are given back, so at most three layers' exist; a resident one loads its whole
 //! slice ahead and keeps it until the last group has passed.
 
-use std::ops::Range;
 use std::sync::Arc;
 use std::time::Instant;
 
-use crossbeam_channel::{Receiver, Sender, bounded};
+use crossbeam_channel::{Sender, bounded};
 
 use super::crossing::{Crossing, WAITING, arrivals, departures};
 use super::embedding::embed;
-use super::finish::{Finished, Inputs, Lent, finish};
-use super::job::Job;
-use super::messages::Outbox;
-use super::routes::Routes;
-use super::states::States;
-use super::walk::Walk;
+use super::stage::{Stage, send};
+use super::walker::Walk;
 use crate::backend::Solver;
 use crate::checkpoint::OutputFiles;
-use crate::cluster::Frame;
-use crate::error::{Error, Result};
-use crate::forward::LayerWeights;
-use crate::planner::Mode;
-use crate::progress::{Phases, Timeline};
+use crate::error::Result;
+use crate::finish::{Finished, Inputs, Lent, finish};
+use crate::progress::Phases;
 use crate::record::PartId;
 use crate::threads;
-
-/// A rank's share of the job.
-pub struct Stage<'a, B: Solver> {
-    /// Where arithmetic happens.
-    pub backend: &'a B,
-    /// What every rank knows.
-    pub job: &'a Job,
-    /// The decoder layers of this rank.
-    pub slice: Range<usize>,
-    /// Whether its weights stay loaded.
-    pub mode: Mode,
-    /// Micro-batches that walk through a layer together.
-    pub group: usize,
-    /// Which micro-batches pass which of its layers.
-    pub routes: &'a Routes,
-    /// Where hidden states are kept.
-    pub states: Option<&'a States>,
-    /// Where work is noted.
-    pub timeline: &'a Timeline,
-    /// Hidden states from the stage before, in micro-batch order.
-    pub incoming: Receiver<Frame>,
-    /// To the stage behind and to rank 0.
-    pub outbox: Outbox,
-}
 
 impl<B: Solver> Stage<'_, B> {
     /// Runs the slice to its end, writing to `files` where this rank sees the output, and says where the time
@@ -102,15 +71,6 @@ impl<B: Solver> Stage<'_, B> {
         })
     }
 
-    /// Layers that may wait between two threads: where there is room for the slice, none has to wait for
-    /// another.
-    pub(super) fn ahead(&self) -> usize {
-        match self.mode {
-            Mode::Resident => self.slice.len(),
-            Mode::Streamed | Mode::Spilled => 0,
-        }
-    }
-
     /// The parts of this rank that have nothing to quantize.
     fn copied(&self) -> Vec<PartId> {
         let head = (self.slice.start == 0).then_some(PartId::Head);
@@ -132,11 +92,6 @@ impl<B: Solver> Stage<'_, B> {
         Ok(walked)
     }
 
-    pub(super) fn load(&self, layer: usize) -> Result<LayerWeights<B::Tensor>> {
-        let source = |name: &str| self.job.checkpoint.tensor(name);
-        LayerWeights::load(self.backend, &self.job.model.layers[layer], &source)
-    }
-
     /// Walks micro-batches through the slice. Methods that need all of a layer's statistics can't finish a layer while
     /// later groups are still to come, so where a stage behind waits they walk twice: first hidden states alone, so
     /// that it gets to work, then every stage at its own layers.
@@ -153,13 +108,4 @@ impl<B: Solver> Stage<'_, B> {
         let Walk { computed, waited, passes, .. } = walk;
         Ok(Phases { forward: computed, wait: waited, passes, ..Phases::default() })
     }
-}
-
-pub(super) fn send<B: Solver>(finisher: &Sender<Finished<B>>, part: Finished<B>) -> Result<()> {
-    finisher.send(part).map_err(|_| finisher_ended())
-}
-
-/// The thread that quantizes says why itself.
-pub(super) fn finisher_ended() -> Error {
-    Error::run("the quantizing thread ended early")
 }

@@ -1,0 +1,9 @@
+//! Which micro-batches pass which layers of which stage, and in which order. Pure arithmetic.
+
+mod kept;
+mod routes;
+mod visits;
+
+pub use kept::Kept;
+pub use routes::{Route, Routes, Station, routes};
+pub use visits::{Visit, visits};
