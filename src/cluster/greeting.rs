@@ -5,7 +5,7 @@ use std::fs;
 use serde::{Deserialize, Serialize};
 
 use super::Cluster;
-use super::cores::Cores;
+use super::host::cores::Cores;
 use crate::error::{Error, Result};
 
 /// What a rank says of itself.

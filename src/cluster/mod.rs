@@ -5,15 +5,11 @@
 //! called, so the main thread stays with it ([`Cluster::work`]) and workers compute.
 
 mod collective;
-mod cores;
-mod fail;
+mod failing;
 mod greeting;
-mod launch;
+mod host;
 mod link;
-mod machine;
-mod pulse;
 mod pump;
-mod signals;
 pub mod spare;
 mod transport;
 mod worker;
@@ -21,17 +17,17 @@ mod worker;
 use std::cell::Cell;
 use std::time::Duration;
 
-pub use fail::abort;
-pub use launch::{Launch, launch};
-pub use machine::{Machine, MemoryKind, own_memory};
+pub use failing::fail::abort;
+pub use host::launch::{Launch, launch};
+pub use host::machine::{Machine, MemoryKind, own_memory};
 pub use transport::{Frame, Tag};
 pub use worker::ToMain;
 
 use crate::error::{Error, ExitCode, Result};
 use crate::{last_words, threads};
-use cores::{Cores, Share, shares};
+use failing::pulse::Pulse;
 use greeting::Greeting;
-use pulse::Pulse;
+use host::cores::{Cores, Share, shares};
 use transport::Transport;
 
 /// Launchers start ranks one after another: MPI gets this long to bring them together, however short the time after
@@ -72,7 +68,7 @@ impl Cluster {
     /// or libraries do not belong together end here.
     pub fn start(silence: Duration) -> Result<Cluster> {
         let cores = Cores::here();
-        let host = machine::host_name();
+        let host = host::machine::host_name();
         let mut cluster = match launch() {
             None => Cluster::new(None, 0, 1, host, silence),
             Some(launch) => {
@@ -80,7 +76,8 @@ impl Cluster {
                 let late = format!("rank {} ({host}): {late}", launch.rank);
                 let beginning = BEGINNING * (1 + launch.size.unwrap_or(1) as u32 / RANKS_TO_BEGIN);
                 let others = if launch.rank == 0 { Duration::ZERO } else { FIRST_WORD };
-                let _in_time = fail::within(silence.max(beginning) + others, late, ExitCode::Run as i32);
+                let _in_time =
+                    failing::fail::within(silence.max(beginning) + others, late, ExitCode::Run as i32);
                 let transport = Transport::start()?;
                 let (rank, size) = (transport.rank(), transport.size());
                 if size == 1 && launch.size.is_some_and(|expected| expected > 1) {
@@ -95,7 +92,7 @@ impl Cluster {
             }
         };
         last_words::speak_for(cluster.place(""));
-        fail::install_panic_hook(&cluster);
+        failing::fail::install_panic_hook(&cluster);
         let greetings = cluster.all_gather(&Greeting::of(&cluster, cores))?;
         cluster.hosts = greeting::hosts(&greetings);
         let host = cluster.hosts[cluster.rank];
@@ -105,7 +102,7 @@ impl Cluster {
         let ready = greetings[cluster.rank]
             .fits(&greetings[0])
             .and_then(|()| threads::start_common(cluster.share.threads))
-            .and_then(|()| signals::watch(&cluster));
+            .and_then(|()| failing::signals::watch(&cluster));
         cluster.names = greetings.into_iter().map(|greeting| greeting.host).collect();
         if let Err(error) = cluster.agree(ready) {
             // The caller has no cluster yet to end with.

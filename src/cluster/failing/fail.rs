@@ -9,8 +9,8 @@ use std::time::Duration;
 
 use crossbeam_channel::{RecvTimeoutError, Sender, bounded};
 
-use super::launch::LAUNCHERS;
-use super::{Cluster, launch, transport};
+use crate::cluster::host::launch::LAUNCHERS;
+use crate::cluster::{Cluster, launch, transport};
 use crate::error::{Error, ExitCode, Result};
 use crate::{confined, last_words, threads};
 
@@ -45,7 +45,7 @@ impl Cluster {
     }
 
     /// Tells of a failure that not every rank knows of, and takes the other ranks down.
-    pub(super) fn end(&self, error: Error) -> ! {
+    pub(in crate::cluster) fn end(&self, error: Error) -> ! {
         if error.is_reported() {
             // Rank 0 passes on what others reported to it; the text already names them.
             say(&error.to_string());
@@ -60,7 +60,7 @@ impl Cluster {
 
 /// Ends this process with a message and an exit code, unless what it returns is dropped within the limit: for the calls
 /// into MPI that can't be asked whether they are done.
-pub(super) fn within(limit: Duration, late: String, code: i32) -> Sender<()> {
+pub(in crate::cluster) fn within(limit: Duration, late: String, code: i32) -> Sender<()> {
     let (in_time, timer) = bounded(0);
     let wait = move || {
         if timer.recv_timeout(limit) == Err(RecvTimeoutError::Timeout) {
@@ -105,7 +105,7 @@ pub fn abort(code: i32) -> ! {
 }
 
 /// A rank that panics would otherwise wait for ever in MPI's finalisation, and the others for it.
-pub(super) fn install_panic_hook(cluster: &Cluster) {
+pub(in crate::cluster) fn install_panic_hook(cluster: &Cluster) {
     let who = cluster.place("");
     let no_system = format!("{}; {}", threads::REFUSED, threads::REMEDY);
     std::panic::set_hook(Box::new(move |info| {
@@ -137,7 +137,7 @@ static TOLD: AtomicBool = AtomicBool::new(false);
 static RESUMABLE: AtomicBool = AtomicBool::new(false);
 
 /// What to do when the job was ended by something that has nothing to do with it.
-pub(super) fn remedy() -> &'static str {
+pub(in crate::cluster) fn remedy() -> &'static str {
     match RESUMABLE.load(Ordering::Relaxed) {
         true => "start it again with --resume, and it goes on where it was",
         false => "start it again",
@@ -173,7 +173,7 @@ fn clear() {
 }
 
 /// Says why the job ends, once.
-pub(super) fn say(text: &str) {
+pub(in crate::cluster) fn say(text: &str) {
     if !TOLD.swap(true, Ordering::Relaxed) {
         clear();
         let mut stderr = std::io::stderr().lock();

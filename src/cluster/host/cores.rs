@@ -10,7 +10,7 @@ use super::machine::cgroup_dirs;
 
 /// What a rank says of its cores.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
-pub(super) struct Cores {
+pub(in crate::cluster) struct Cores {
     /// The CPUs that it may run on, in the kernel's form: `0-3,8`.
     allowed: String,
     /// CPU quotas that it is under: the control group, and how many CPUs' time its processes get together.
@@ -21,17 +21,17 @@ pub(super) struct Cores {
 
 /// What a rank gets of its host's cores.
 #[derive(Clone, Copy, Debug, PartialEq)]
-pub(super) struct Share {
+pub(in crate::cluster) struct Share {
     /// Threads to compute with.
-    pub(super) threads: usize,
+    pub(in crate::cluster) threads: usize,
     /// Threads of all ranks for each core that this rank computes on, at least 1.
-    pub(super) crowding: f64,
+    pub(in crate::cluster) crowding: f64,
 }
 
 impl Cores {
     /// Looks at this process, and first undoes a binding that nobody asked for. Called on the main thread before there
     /// are others, which inherit what it may run on.
-    pub(super) fn here() -> Cores {
+    pub(in crate::cluster) fn here() -> Cores {
         undo_default_binding();
         let any = || std::thread::available_parallelism().map_or(1, usize::from);
         let set = |name: &str| std::env::var(name).ok()?.split(',').next()?.trim().parse::<usize>().ok();
@@ -48,7 +48,7 @@ impl Cores {
 /// How the ranks of one host share its cores: a core is divided among those that may run on it, and a quota among those
 /// that are under it. So ranks in one cpuset divide it, and each of those that were bound to cores of their own keeps
 /// them.
-pub(super) fn shares(ranks: &[&Cores]) -> Vec<Share> {
+pub(in crate::cluster) fn shares(ranks: &[&Cores]) -> Vec<Share> {
     let cpus: Vec<Vec<usize>> = ranks.iter().map(|rank| cpus(&rank.allowed)).collect();
     let (mut on_cpu, mut in_group) = (BTreeMap::<usize, usize>::new(), BTreeMap::<&str, usize>::new());
     cpus.iter().flatten().for_each(|cpu| *on_cpu.entry(*cpu).or_default() += 1);

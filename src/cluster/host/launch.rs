@@ -35,14 +35,14 @@ fn from_environment(number: &dyn Fn(&str) -> Option<usize>) -> Option<Launch> {
 }
 
 /// Programs that start ranks on the host where the user is, by the names that the kernel has for them.
-pub(super) const LAUNCHERS: [&str; 4] = ["mpirun", "mpiexec", "orterun", "prterun"];
+pub(in crate::cluster) const LAUNCHERS: [&str; 4] = ["mpirun", "mpiexec", "orterun", "prterun"];
 
 /// Programs that start ranks on other hosts.
 const DAEMONS: [&str; 2] = ["orted", "prted"];
 
 /// The process that started this rank: Open MPI's launcher, or its daemon on this host. Scripts in between are passed
 /// over.
-pub(super) fn launcher() -> Option<u32> {
+pub(in crate::cluster) fn launcher() -> Option<u32> {
     let mut process = std::os::unix::process::parent_id();
     while process > 1 {
         let status = std::fs::read_to_string(format!("/proc/{process}/status")).ok()?;

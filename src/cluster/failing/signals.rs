@@ -7,8 +7,8 @@ use std::time::Duration;
 use signal_hook::consts::{SIGINT, SIGTERM};
 use signal_hook::iterator::Signals;
 
-use super::Cluster;
 use super::fail::{abort, remedy, say};
+use crate::cluster::Cluster;
 use crate::error::{Error, ExitCode, Result};
 use crate::threads;
 
@@ -20,7 +20,7 @@ static LEAVING: AtomicBool = AtomicBool::new(false);
 
 /// From here on signals are nobody's business: the job's end has been told, and a launcher that sees one rank leave
 /// with a failure sends the others a SIGTERM, which must not become a second message with another exit code.
-pub(super) fn disregard() {
+pub(in crate::cluster) fn disregard() {
     LEAVING.store(true, Ordering::SeqCst);
 }
 
@@ -28,7 +28,7 @@ pub(super) fn disregard() {
 ///
 /// # Errors
 /// Exit code 5 where the system refuses a handler.
-pub(super) fn watch(cluster: &Cluster) -> Result<()> {
+pub(in crate::cluster) fn watch(cluster: &Cluster) -> Result<()> {
     let refused = |e| Error::run(format!("can't listen for signals: {e}"));
     let mut signals = Signals::new([SIGINT, SIGTERM]).map_err(refused)?;
     let (is_root, place) = (cluster.is_root(), cluster.place(""));

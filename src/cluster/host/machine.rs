@@ -34,7 +34,7 @@ pub struct Machine {
 
 impl Machine {
     /// This host, which `ranks` ranks share. `chosen` replaces the memory that is found.
-    pub(super) fn here(host: &str, ranks: usize, share: Share, chosen: Option<u64>) -> Machine {
+    pub(in crate::cluster) fn here(host: &str, ranks: usize, share: Share, chosen: Option<u64>) -> Machine {
         Machine {
             host: host.to_string(),
             threads: share.threads,
@@ -56,7 +56,7 @@ impl Machine {
 }
 
 /// The host's name.
-pub(super) fn host_name() -> String {
+pub(in crate::cluster) fn host_name() -> String {
     let mut buffer = [0u8; 256];
     // SAFETY: the buffer is writable for its whole length, less one byte for the terminator.
     let failed = unsafe { libc::gethostname(buffer.as_mut_ptr().cast(), buffer.len() - 1) } != 0;
@@ -84,7 +84,7 @@ fn mem_available(meminfo: &str) -> Option<u64> {
 }
 
 /// This process's cgroup and those around it, in both versions' hierarchies.
-pub(super) fn cgroup_dirs() -> Vec<PathBuf> {
+pub(in crate::cluster) fn cgroup_dirs() -> Vec<PathBuf> {
     let text = fs::read_to_string("/proc/self/cgroup").unwrap_or_default();
     let mut dirs = vec![];
     for (controllers, path) in cgroup_paths(&text) {

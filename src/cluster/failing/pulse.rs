@@ -9,7 +9,7 @@ use std::collections::BTreeMap;
 use std::time::{Duration, Instant};
 
 use super::fail::remedy;
-use super::{Cluster, Frame, Tag};
+use crate::cluster::{Cluster, Frame, Tag};
 use crate::error::{Error, ExitCode, Result};
 use crate::{last_words, threads};
 
@@ -17,7 +17,7 @@ use crate::{last_words, threads};
 const BEATS: u32 = 6;
 
 /// Whom this rank talks with, and when.
-pub(super) struct Pulse {
+pub(in crate::cluster) struct Pulse {
     /// When each of them was last heard.
     heard: RefCell<BTreeMap<usize, Instant>>,
     /// When this rank last gave signs of life.
@@ -28,19 +28,19 @@ pub(super) struct Pulse {
 
 impl Pulse {
     /// Of a rank that talks with `peers`.
-    pub(super) fn new(peers: impl IntoIterator<Item = usize>) -> Pulse {
+    pub(in crate::cluster) fn new(peers: impl IntoIterator<Item = usize>) -> Pulse {
         let now = Instant::now();
         let heard = peers.into_iter().map(|peer| (peer, now)).collect();
         Pulse { heard: RefCell::new(heard), beat: Cell::new(now), looked: Cell::new(now) }
     }
 
     /// A message came from this rank, which counts among those that this one talks with from now on.
-    pub(super) fn hear(&self, peer: usize) {
+    pub(in crate::cluster) fn hear(&self, peer: usize) {
         self.heard.borrow_mut().insert(peer, Instant::now());
     }
 
     /// A message goes to this rank, which is expected to be heard of from now on.
-    pub(super) fn expect(&self, peer: usize) {
+    pub(in crate::cluster) fn expect(&self, peer: usize) {
         self.heard.borrow_mut().entry(peer).or_insert_with(Instant::now);
     }
 }
@@ -51,7 +51,7 @@ impl Cluster {
     ///
     /// # Errors
     /// Exit code 5 where a rank is silent; on rank 0 also the error of any rank that failed.
-    pub(super) fn stay_alive(&self) -> Result<()> {
+    pub(in crate::cluster) fn stay_alive(&self) -> Result<()> {
         let Some(transport) = &self.transport else { return Ok(()) };
         let Pulse { heard, beat, looked } = &self.pulse;
         if let Some(words) = last_words::taken() {
@@ -108,7 +108,7 @@ impl Cluster {
     }
 
     /// Asks again and again, with signs of life in between, until there is an answer.
-    pub(super) fn wait_until<T>(&self, mut ask: impl FnMut() -> Option<T>) -> T {
+    pub(in crate::cluster) fn wait_until<T>(&self, mut ask: impl FnMut() -> Option<T>) -> T {
         let mut idle = self.idle();
         loop {
             if let Some(answer) = ask() {
@@ -125,7 +125,7 @@ impl Cluster {
     }
 
     /// Reports this rank's failure to rank 0, and gives it time to end the job, so that it is told once.
-    pub(super) fn report_to_root(&self, error: &Error) {
+    pub(in crate::cluster) fn report_to_root(&self, error: &Error) {
         let (Some(transport), false) = (&self.transport, self.is_root()) else { return };
         // Rank 0 ends the job by a signal to this rank, among others.
         super::signals::disregard();
