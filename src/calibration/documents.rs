@@ -4,7 +4,7 @@ use std::fmt;
 use std::path::PathBuf;
 use std::str::FromStr;
 
-use super::conversation::Conversation;
+use super::chat::conversation::Conversation;
 use super::reader;
 use crate::error::{Error, Result};
 

@@ -1,15 +1,13 @@
 //! Text in, token batches out.
 
 mod batches;
-mod conversation;
+mod chat;
 mod documents;
-mod jinja;
 mod reader;
 mod row;
 mod sampling;
 mod select;
 mod shuffle;
-mod template;
 mod tokenize;
 mod tokenizer;
 mod windows;

@@ -2,7 +2,7 @@
 
 use serde_json::{Map, Value, json};
 
-use super::conversation::Conversation;
+use super::chat::conversation::Conversation;
 use super::documents::Document;
 
 /// Token ids, and which of them count.

@@ -2,10 +2,10 @@
 
 use std::path::Path;
 
+use super::chat::template::TODAY;
 use super::documents::{Place, Row, Source};
 use super::row::HOLD_A_DOCUMENT;
 use super::shuffle::Shuffled;
-use super::template::TODAY;
 use super::tokenize::Tokenize;
 use crate::confined::{self, Limits};
 use crate::error::{Error, Result, printable};

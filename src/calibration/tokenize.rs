@@ -4,8 +4,8 @@ use std::path::{Path, PathBuf};
 
 use serde_json::Value;
 
+use super::chat::template::ChatTemplate;
 use super::documents::Document;
-use super::template::ChatTemplate;
 use super::tokenizer::Tokenizer;
 use crate::confined;
 use crate::error::Result;

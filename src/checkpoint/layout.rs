@@ -6,7 +6,7 @@ use std::fmt;
 use safetensors::Dtype;
 use serde_json::{Map, Value, json};
 
-use super::placement::OutTensor;
+use super::writing::placement::OutTensor;
 use crate::nvfp4::{BLOCK, GlobalScale};
 use crate::units::write_name;
 

@@ -19,6 +19,8 @@ mod error;
 mod global;
 mod quantized;
 mod search;
+#[cfg(test)]
+mod tests;
 
 pub use block::{Element, amax, dequantize, first_non_finite, quantize};
 pub use error::Distance;
@@ -28,8 +30,3 @@ pub use search::{best_scale, quantize_searched};
 
 /// Consecutive input features that share a block scale.
 pub const BLOCK: usize = 16;
-
-#[cfg(test)]
-mod golden_tests;
-#[cfg(test)]
-mod properties;

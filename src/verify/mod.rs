@@ -4,18 +4,12 @@
 //! as users find them in the report: A1 to A19 (compressed-tensors, most of them shared), B1 to B8
 //! (ModelOpt), S1 to S4 (against the source).
 
-mod config_rules;
 mod description;
 mod digests;
-mod file_rules;
-mod folds;
 mod report;
-mod same_config;
-mod scale_rules;
+mod rules;
 mod scan;
-mod source_rules;
 mod subject;
-mod tensor_rules;
 #[cfg(test)]
 mod tests;
 
@@ -116,13 +110,13 @@ impl Proof {
     pub fn finish(self) -> Result<Report> {
         let mut subject = self.subject;
         let mut results = vec![];
-        for stage in [file_rules::RULES, config_rules::RULES, tensor_rules::RULES] {
+        for stage in [rules::files::RULES, rules::config::RULES, rules::tensors::RULES] {
             judge(&subject, stage, &mut results);
         }
         if sound(&results, &["A3", "A4", "A5", "A10", "B3"]) && readable(&subject, &results) {
             subject.scan();
         }
-        for stage in [scale_rules::RULES, source_rules::RULES, digests::RULES] {
+        for stage in [rules::scales::RULES, rules::source::RULES, digests::RULES] {
             judge(&subject, stage, &mut results);
         }
         if let Some(error) = subject.source.as_ref().and_then(|source| source.trouble()) {

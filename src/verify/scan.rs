@@ -6,7 +6,7 @@ use half::f16;
 use rayon::prelude::*;
 use safetensors::Dtype;
 
-use super::folds::LayerFolds;
+use super::rules::folds::LayerFolds;
 use super::subject::Subject;
 use crate::checkpoint::{Layout, LinearNames, LinearScheme, SourceTensor};
 use crate::model::{Group, LinearSpec};

@@ -9,8 +9,8 @@ use memmap2::MmapOptions;
 use safetensors::Dtype;
 use serde_json::{Map, Value};
 
-use super::folds::LayerFolds;
 use super::report::TensorError;
+use super::rules::folds::LayerFolds;
 use super::scan::{LinearScan, scan_group};
 use crate::checkpoint::{
     Checkpoint, Declared, Layout, LinearNames, LinearScheme, declared_layout, read_header, snapshot,

@@ -15,6 +15,7 @@ mod model_dirs;
 mod mutation;
 mod ranks;
 mod resume;
+mod rooms;
 #[path = "../skipped/mod.rs"]
 mod skipped;
 mod smollm2;

@@ -1,0 +1,5 @@
+//! Source to a tree.
+
+pub mod lexer;
+pub mod parser;
+pub mod syntax;

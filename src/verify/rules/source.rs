@@ -1,0 +1,140 @@
+//! Rules against the source.
+
+use rayon::prelude::*;
+
+use super::folds::holds_factor;
+use super::same_config;
+use super::scales::has_linears;
+use crate::checkpoint::{Checkpoint, LinearScheme, SourceTensor, widen};
+use crate::model::{Model, is_dispensable};
+use crate::verify::scan::WORTH_A_LOOK;
+use crate::verify::subject::Subject;
+use crate::verify::{Concerns, Findings, Rule, any};
+
+const SOURCE: Concerns = Concerns::Source;
+
+pub(in crate::verify) const RULES: &[Rule] = &[
+    Rule {
+        id: "S1",
+        title: "every source tensor is quantized or copied byte for byte",
+        concerns: SOURCE,
+        about: any,
+        check: accounted,
+    },
+    Rule {
+        id: "S2",
+        title: "dequantized weights are close to the source",
+        concerns: SOURCE,
+        about: has_linears,
+        check: close,
+    },
+    Rule {
+        id: "S3",
+        title: "config.json differs by its quantization only",
+        concerns: SOURCE,
+        about: any,
+        check: same_config::check,
+    },
+    Rule {
+        id: "S4",
+        title: "max calibration gives these bytes again",
+        concerns: SOURCE,
+        about: says_max,
+        check: same_bytes,
+    },
+];
+
+/// A tensor that was lost or changed on its way is a different model.
+fn accounted(subject: &Subject, findings: &mut Findings) {
+    let Some(source) = &subject.source else { return };
+    let quantized: std::collections::BTreeSet<String> = subject
+        .linears()
+        .into_iter()
+        .filter(|linear| subject.schemes.of_module(&linear.name) != LinearScheme::Plain)
+        .map(|linear| linear.weight())
+        .collect();
+    for name in source.tensors.keys() {
+        if quantized.contains(name) || name.ends_with("rotary_emb.inv_freq") {
+            continue;
+        }
+        match (source.tensor(name).ok(), subject.tensors.get(name)) {
+            (_, None) if is_second_copy(source, name) => {}
+            (_, None) => findings.error(format!("{name} is missing")),
+            (Some(there), Some(_)) if copied(subject, &there) || explained(subject, &there) => {}
+            _ => findings.error(format!("{name} differs from the source")),
+        }
+    }
+}
+
+/// Whether a tied model stores its embedding once more, as lm_head.
+fn is_second_copy(source: &Checkpoint, name: &str) -> bool {
+    let same = |model: Model| is_dispensable(&model, name) && model.oddities(source).is_ok();
+    Model::of(source).is_ok_and(same)
+}
+
+/// Whether a tensor is the source's, byte for byte.
+fn copied(subject: &Subject, there: &SourceTensor) -> bool {
+    const PART: usize = 1 << 20;
+    let bytes = there.bytes().len();
+    let same = |at: usize| {
+        let (mut mine, mut theirs) = (vec![0; PART.min(bytes - at)], vec![0; PART.min(bytes - at)]);
+        let read = subject.read(&there.name, at, &mut mine).is_some() && there.read(at, &mut theirs).is_ok();
+        read && mine == theirs
+    };
+    let length = subject.tensors.get(&there.name).map(|found| found.bytes);
+    length == Some(bytes as u64) && (0..bytes.div_ceil(PART)).into_par_iter().all(|part| same(part * PART))
+}
+
+/// Whether a changed tensor is a norm or a bias that can hold a fold. That the weights beside it make up for its
+/// factors is seen in their distance to the source, where the factors are undone.
+fn explained(subject: &Subject, there: &SourceTensor) -> bool {
+    let Ok(model) = &subject.model else { return false };
+    let layer = model.layer_of(&there.name).and_then(|layer| model.layers.get(layer));
+    if !subject.folds() || !layer.is_some_and(|layer| layer.changed_by_folds().contains(&there.name)) {
+        return false;
+    }
+    let Some(here) = subject.map(&there.name) else { return false };
+    let here = SourceTensor::from_bytes(&there.name, there.dtype, &there.shape, &here);
+    let here = here.and_then(|here| widen(&here));
+    let (Ok(here), Ok(values)) = (here, widen(there)) else { return false };
+    here.len() == values.len() && here.iter().zip(&values).all(|(h, t)| holds_factor(there.dtype, *h, *t))
+}
+
+/// The relative error up to which any weights are close to the source. NVFP4 loses about 9.5 % of a Gaussian weight's
+/// norm; swapped nibbles, a wrong scale or another tensor all of it.
+const CLOSE: f64 = 0.25;
+
+/// How many times the error of max scales on the same weights is close too, where NVFP4 can hardly hold them: searched
+/// scales and GPTQ trade an error in one weight for another's, and distq keeps them within one and a half times.
+const CLOSE_TO_MAX: f64 = 2.0;
+
+/// Only a comparison with the source sees weights that are not the source's.
+fn close(subject: &Subject, findings: &mut Findings) {
+    for scan in &subject.linears {
+        let Some(relative) = scan.distance.map(|distance| distance.relative()) else {
+            findings
+                .error(format!("{}: the source has no BF16, F16 or F32 weight of its shape", scan.module));
+            continue;
+        };
+        let max = scan.max_distance.map_or(0.0, |distance| distance.relative());
+        if relative.is_nan() || relative > CLOSE.max(CLOSE_TO_MAX * max) {
+            let text = format!("{}: relative error {relative:.3}, {max:.3} under max scales", scan.module);
+            findings.error(text);
+        } else if relative > WORTH_A_LOOK.max(CLOSE_TO_MAX * max) {
+            findings.warn(format!("{}: relative error {relative:.3}", scan.module));
+        }
+    }
+}
+
+/// Whether the files say that they hold max calibration.
+fn says_max(subject: &Subject) -> bool {
+    subject.method.as_deref() == Some("max") && subject.linears.iter().any(|scan| scan.differing.is_some())
+}
+
+/// Where the files say that they hold max calibration, the source determines every byte.
+fn same_bytes(subject: &Subject, findings: &mut Findings) {
+    for scan in subject.linears.iter().filter(|scan| scan.differing.is_some_and(|bytes| bytes > 0)) {
+        let bytes = scan.differing.unwrap_or(0);
+        findings.error(format!("{}: {bytes} bytes of codes and scales differ", scan.module));
+    }
+}
