@@ -46,7 +46,8 @@ impl<'a> Config<'a> {
             };
             let named = name.or(wrapper.map(|wrapper| wrapper.architecture));
             if let Some(family) = family {
-                let architecture = named.unwrap_or(family.architectures[0]).to_string();
+                let own = family.architectures.first().copied();
+                let architecture = named.or(own).or(model_type).unwrap_or_default().to_string();
                 return Ok(Config { text, outer, architecture, family, wrapper });
             }
         }
@@ -55,15 +56,20 @@ impl<'a> Config<'a> {
 
     /// Whether config.json says that the embedding also serves as lm_head: in the decoder's fields, or in the
     /// wrapper's, or by the default of the class.
-    pub fn tied(&self, default: bool) -> Result<bool> {
+    pub fn tying(&self, default: bool) -> Result<Tying> {
         const NAME: &str = "tie_word_embeddings";
         let own = self.text.optional_flag(NAME)?;
-        Ok(match self.wrapper {
-            None => own.unwrap_or(default),
+        let (said, default) = match self.wrapper {
+            None => (own, default),
             Some(wrapper) => match self.outer.optional_flag(NAME)? {
-                Some(tied) => tied || own == Some(true),
-                None => own.unwrap_or(wrapper.tied),
+                Some(tied) => (Some(tied || own == Some(true)), wrapper.tied),
+                None => (own, wrapper.tied),
             },
+        };
+        Ok(match (said, default) {
+            (Some(true), _) => Tying::Tied,
+            (None, true) => Tying::UnlessStored,
+            (Some(false), _) | (None, false) => Tying::Apart,
         })
     }
 
@@ -97,6 +103,22 @@ impl<'a> Config<'a> {
         }
     }
 
+    /// A list of a number for each layer.
+    pub fn layer_numbers(&self, name: &str, layers: usize) -> Result<Option<Vec<f64>>> {
+        let Some(value) = self.text.get(name) else { return Ok(None) };
+        let numbers: Option<Vec<f64>> =
+            value.as_array().and_then(|items| items.iter().map(Value::as_f64).collect());
+        match numbers {
+            Some(numbers) if numbers.len() >= layers => Ok(Some(numbers)),
+            _ => Err(self.text.wrong(name, format!("is not a list of a number for each of {layers} layers"))),
+        }
+    }
+
+    /// Whether q, k, v and o have biases, and whether the MLP has, as the fields of most families say it.
+    pub fn biases(&self) -> Result<(bool, bool)> {
+        Ok((self.text.flag("attention_bias")?, self.text.flag("mlp_bias")?))
+    }
+
     /// The kind of every layer by `layer_types`, or by the family's pattern where that field is absent. Older names of
     /// the kinds are replaced by newer ones.
     pub fn layer_types(&self, layers: usize, pattern: impl Fn(usize) -> &'static str) -> Result<Vec<String>> {
@@ -121,6 +143,17 @@ impl<'a> Config<'a> {
             None => Ok(types),
         }
     }
+}
+
+/// Whether the embedding also serves as lm_head.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Tying {
+    /// config.json says so.
+    Tied,
+    /// By the default of the class, which a stored lm_head overrides.
+    UnlessStored,
+    /// No.
+    Apart,
 }
 
 /// The kind of a layer that sees all tokens before.

@@ -2,7 +2,7 @@
 
 use serde_json::{Map, Value};
 
-use super::config::Config;
+use super::config::{Config, Tying};
 use super::form::{EmbeddingForm, Form, HeadForm, LayerForm, Temperature, share};
 use super::layer::{Layer, LinearSpec, Norm, TensorSpec};
 use super::rope::Rope;
@@ -40,6 +40,8 @@ pub struct Model {
     pub prefix: String,
     /// Whether other modules stand beside the decoder, such as a vision tower.
     pub is_wrapped: bool,
+    /// What the names of tensors end with that files may hold although they are the same in every model.
+    constants: &'static [&'static str],
     /// What the family says of each layer.
     forms: Vec<LayerForm>,
 }
@@ -72,10 +74,16 @@ impl Model {
                 *PREFIXES.iter().find(stored).unwrap_or(&PREFIXES[0])
             }
         };
-        Ok(Model::new(form, config.architecture, (prefix, head), config.wrapper.is_some()))
+        let tied = match form.tying {
+            Tying::Tied => true,
+            Tying::UnlessStored => !has(&format!("{head}.weight")),
+            Tying::Apart => false,
+        };
+        let is_wrapped = config.wrapper.is_some();
+        Ok(Model { tied, is_wrapped, ..Model::new(form, config.architecture, (prefix, head)) })
     }
 
-    fn new(form: Form, architecture: String, (prefix, head): (&str, &str), is_wrapped: bool) -> Model {
+    fn new(form: Form, architecture: String, (prefix, head): (&str, &str)) -> Model {
         let Form { hidden, vocab, layers: forms, .. } = form;
         let build = |(i, layer): (usize, &LayerForm)| layer.build(format!("{prefix}layers.{i}."), hidden);
         Model {
@@ -93,9 +101,10 @@ impl Model {
             norm: Norm::new(form.norm.0, &format!("{prefix}{}", form.norm.1), &[hidden]),
             head: head.to_string(),
             logits: form.head,
-            tied: form.tied,
+            tied: false,
             prefix: prefix.to_string(),
-            is_wrapped,
+            is_wrapped: false,
+            constants: form.constants,
             forms,
         }
     }
@@ -138,9 +147,11 @@ impl Model {
         of_layers.collect::<std::collections::BTreeSet<_>>().into_iter().collect()
     }
 
-    /// Whether a tensor stands beside the decoder, in a module of the class around it.
+    /// Whether a tensor is carried over that no description of the decoder has: it stands beside the decoder, in a
+    /// module of the class around it, or it is a constant.
     pub fn is_carried(&self, name: &str) -> bool {
-        self.is_wrapped && !name.starts_with(&self.prefix) && name != self.head_weight()
+        let beside = self.is_wrapped && !name.starts_with(&self.prefix) && name != self.head_weight();
+        beside || self.constants.iter().any(|end| name.ends_with(end))
     }
 
     /// The decoder layer whose tensor has this name.

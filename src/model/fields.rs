@@ -24,6 +24,11 @@ impl<'a> Fields<'a> {
         Fields { map, path: "" }
     }
 
+    /// The fields of an object inside of it, whose names begin with `path` in messages.
+    pub fn inside(map: &'a Map<String, Value>, path: &'static str) -> Fields<'a> {
+        Fields { map, path }
+    }
+
     /// A field, where JSON's null counts as absent.
     pub fn get(&self, name: &str) -> Option<&'a Value> {
         self.map.get(name).filter(|value| !value.is_null())
@@ -64,6 +69,11 @@ impl<'a> Fields<'a> {
     /// A positive whole number with a default for a field that is absent; a null is none.
     pub fn count_or(&self, name: &str, default: Option<usize>) -> Result<Option<usize>> {
         if self.map.contains_key(name) { self.optional_count(name) } else { Ok(default) }
+    }
+
+    /// A positive number with a default for a field that is absent; a null is none.
+    pub fn number_or(&self, name: &str, default: Option<f64>) -> Result<Option<f64>> {
+        if self.map.contains_key(name) { self.number(name) } else { Ok(default) }
     }
 
     /// True or false; false where the field is absent.

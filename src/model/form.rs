@@ -2,6 +2,7 @@
 //! follow from it.
 
 use super::attention::AttentionForm;
+use super::config::Tying;
 use super::layer::{Block, Layer, Mixer, NormForm, Producer};
 use super::mlp::MlpForm;
 use super::rope::Rope;
@@ -92,8 +93,10 @@ pub struct Form {
     pub norm: NamedNorm,
     /// What becomes of logits.
     pub head: HeadForm,
-    /// Whether config.json says that the embedding also serves as lm_head.
-    pub tied: bool,
+    /// Whether the embedding also serves as lm_head.
+    pub tying: Tying,
+    /// What the names of tensors end with that files may hold although they are the same in every model.
+    pub constants: &'static [&'static str],
 }
 
 impl BlockForm {
@@ -118,6 +121,19 @@ impl BlockForm {
 }
 
 impl LayerForm {
+    /// A layer of these blocks.
+    pub fn of(blocks: Vec<BlockForm>) -> LayerForm {
+        LayerForm { blocks, scalar: None }
+    }
+
+    /// Its attention; a layer may have none.
+    pub fn attention_mut(&mut self) -> impl Iterator<Item = &mut AttentionForm> {
+        self.blocks.iter_mut().flat_map(|block| &mut block.mixers).filter_map(|mixer| match mixer {
+            MixerForm::Attention(form) => Some(form),
+            MixerForm::Mlp(_) => None,
+        })
+    }
+
     /// The layer whose tensors' names begin with `prefix`.
     pub fn build(&self, prefix: String, hidden: usize) -> Layer {
         let mut layer = Layer::empty(prefix, hidden);

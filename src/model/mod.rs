@@ -14,11 +14,11 @@ mod rope;
 mod sizes;
 
 pub use attention::{Attention, AttentionForm, NormScope, Projections};
-pub use config::architectures;
+pub use config::{Tying, architectures};
 pub use description::Model;
 pub use families::supported;
 pub use fit::is_dispensable;
 pub use form::{EmbeddingForm, HeadForm, Temperature};
 pub use layer::{Block, Group, Layer, LinearSpec, Mixer, Norm, Producer, Rows, Site, TensorSpec};
 pub use mlp::{Function, Mlp, MlpForm, MlpShape};
-pub use rope::{Rope, RopeStyle, RopeTable};
+pub use rope::{Rope, RopeOptions, RopeStyle, RopeTable};

@@ -4,9 +4,9 @@
 //! author and used by Transformers); YaRN (Peng et al., arXiv 2309.00071); Llama 3.1's smoothed
 //! wavelengths. Intermediate values are f32 where the reference implementation's are.
 
-use serde_json::Value;
+use serde_json::{Map, Value};
 
-use super::config::Config;
+use super::config::{Config, FULL};
 use super::fields::Fields;
 use super::sizes::Sizes;
 use crate::error::{Error, Result};
@@ -35,10 +35,71 @@ pub struct RopeStyle {
 #[derive(Clone, Debug, PartialEq)]
 enum Scaling {
     Default,
-    Linear { factor: f64 },
-    Dynamic { factor: f64, max_positions: usize },
-    Llama3 { factor: f64, low: f64, high: f64, original_positions: f64 },
-    Yarn { factor: f64, attention: f64, low: f64, high: f64 },
+    Linear {
+        factor: f64,
+    },
+    Dynamic {
+        factor: f64,
+        max_positions: usize,
+    },
+    Llama3 {
+        factor: f64,
+        low: f64,
+        high: f64,
+        original_positions: f64,
+    },
+    Yarn {
+        factor: f64,
+        attention: f64,
+        low: f64,
+        high: f64,
+    },
+    /// Each pair has a factor, another one in documents that are longer than `original_positions`.
+    LongRope {
+        short: Vec<f32>,
+        long: Vec<f32>,
+        attention: f64,
+        original_positions: usize,
+    },
+    /// The first `pairs` rotate, at frequencies that all of the head's features share.
+    Proportional {
+        pairs: usize,
+    },
+}
+
+/// What a family says of its rotary embedding.
+#[derive(Clone, Debug)]
+pub struct RopeOptions {
+    /// The base where config.json has none.
+    pub theta: f64,
+    /// The share of a head's features that rotate, where config.json has none.
+    pub partial: f64,
+    /// Features of a head.
+    pub head_dim: usize,
+    /// Positions before scaling, where config.json has none; as many as after it where the family does not say.
+    pub original_positions: Option<usize>,
+    /// The parameters of a file that has none.
+    pub absent: Value,
+    /// Names of kinds that mean another kind here.
+    pub renamed: &'static [(&'static str, &'static str)],
+    /// Which features are pairs, and how they are rounded.
+    pub style: RopeStyle,
+}
+
+impl RopeOptions {
+    /// Llama's: all features of a head rotate, in halves.
+    pub fn llama(theta: f64, head_dim: usize) -> RopeOptions {
+        RopeOptions {
+            theta,
+            partial: 1.0,
+            head_dim,
+            original_positions: None,
+            absent: Value::Null,
+            // Three positions that are equal for text.
+            renamed: &[("mrope", "default")],
+            style: RopeStyle::default(),
+        }
+    }
 }
 
 /// Cosines and sines of a set of documents, and the table row of each token.
@@ -65,44 +126,95 @@ impl RopeTable {
 }
 
 impl Rope {
-    /// Reads the one rotary embedding of a model whose layers all have the same, of heads with `dim` features. Where
-    /// `rope_scaling` has fields, it takes the place of `rope_parameters` with all that is in it, as in Transformers 5.
+    /// Reads the one rotary embedding of a model whose layers all have the same. Where `rope_scaling` has fields, it
+    /// takes the place of `rope_parameters` with all that is in it, as in Transformers 5.
     ///
     /// # Errors
     /// Exit code 3: a field that is malformed or missing, a kind of scaling that is not known, rotary embeddings that
     /// differ by kind of layer.
-    pub fn read(config: &Config<'_>, sizes: &Sizes, dim: usize) -> Result<Rope> {
-        let scaling = parameters(&config.text)?;
-        if let Some((kind, _)) = scaling.iter().flat_map(|s| s.map).find(|(_, value)| value.is_object()) {
+    pub fn read(config: &Config<'_>, sizes: &Sizes, options: &RopeOptions) -> Result<Rope> {
+        let given = parameters(&config.text)?;
+        if let Some((kind, _)) = given.iter().flat_map(|given| given.map).find(|(_, value)| value.is_object())
+        {
             let what = format!("differ by kind of layer ({kind}), which this family does not have");
             return Err(config.text.wrong("rope_parameters", what));
         }
-        Rope::of(&config.text, scaling, (sizes.theta, sizes.max_positions), dim)
+        let absent = options.absent.as_object();
+        let mut merged = given.map(|given| given.map).or(absent).cloned().unwrap_or_default();
+        for name in ["rope_theta", "partial_rotary_factor"] {
+            if let (false, Some(value)) = (merged.contains_key(name), config.text.get(name)) {
+                merged.insert(name.into(), value.clone());
+            }
+        }
+        // At the top it overrides the one among the parameters.
+        const ORIGINAL: &str = "original_max_position_embeddings";
+        if let Some(value) = config.text.get(ORIGINAL) {
+            merged.insert(ORIGINAL.into(), value.clone());
+        }
+        Rope::of(merged, sizes.max_positions, options)
     }
 
-    /// The rotary embedding that an object of parameters describes, or `fields` alone. The theta of a file that has none
-    /// is `default_theta`.
-    fn of(
-        fields: &Fields<'_>,
-        scaling: Option<Fields<'_>>,
-        (default_theta, max_positions): (f64, usize),
-        dim: usize,
+    /// Reads the rotary embedding of one kind of layers, where each kind has its own: the parameters stand under the
+    /// kind's name in `rope_parameters`. In the older spelling `rope_scaling` is about layers that see everything, and
+    /// `theta_field` has this kind's theta.
+    ///
+    /// # Errors
+    /// As [`Rope::read`].
+    pub fn of_kind(
+        config: &Config<'_>,
+        sizes: &Sizes,
+        (kind, theta_field): (&str, &str),
+        options: &RopeOptions,
     ) -> Result<Rope> {
-        let either = |name: &str| match &scaling {
-            Some(s) => Ok(s.number(name)?.or(fields.number(name)?)),
-            None => fields.number(name),
+        let given = config.text.object("rope_parameters", "rope_parameters.")?;
+        let of_kind = given.map(|given| given.object(kind, "rope_parameters.")).transpose()?.flatten();
+        let mut merged = match (given, of_kind, &options.absent) {
+            (_, Some(of_kind), _) => of_kind.map.clone(),
+            (None, None, Value::Object(absent)) => absent.clone(),
+            _ => Map::new(),
         };
-        let theta = either("rope_theta")?.unwrap_or(default_theta);
-        let partial = either("partial_rotary_factor")?;
-        if partial.is_some_and(|factor| factor != 1.0) {
-            return Err(Error::input("config.json: partial_rotary_factor other than 1 is not supported")
-                .fix("use a checkpoint with full rotary embedding"));
+        if kind == FULL
+            && let Some(scaling) = config.text.object("rope_scaling", "rope_scaling.")?
+        {
+            merged.extend(scaling.map.clone());
         }
-        let scaling = match scaling {
-            None => Scaling::Default,
-            Some(s) => Scaling::parse(&s, fields, theta, max_positions, dim)?,
-        };
-        Ok(Rope { theta, dim, scaling, style: RopeStyle::default() })
+        if let (false, Some(theta)) = (merged.contains_key("rope_theta"), config.text.get(theta_field)) {
+            merged.insert("rope_theta".into(), theta.clone());
+        }
+        // Transformers looks for it where there can't be one.
+        merged.remove("truncate");
+        Rope::of(merged, sizes.max_positions, options)
+    }
+
+    /// The rotary embedding that parameters in one object describe.
+    fn of(parameters: Map<String, Value>, max_positions: usize, options: &RopeOptions) -> Result<Rope> {
+        let fields = Fields::inside(&parameters, "rope_parameters.");
+        let theta = fields.number("rope_theta")?.unwrap_or(options.theta);
+        let partial = fields.number("partial_rotary_factor")?.unwrap_or(options.partial);
+        let kind = fields.text("rope_type")?.or(fields.text("type")?).unwrap_or("default");
+        let kind = options.renamed.iter().find(|(old, _)| *old == kind).map_or(kind, |(_, new)| new);
+        if !(partial > 0.0 && partial <= 1.0) {
+            return Err(fields.wrong("partial_rotary_factor", format!("is {partial}, not a share of a head")));
+        }
+        let share = (options.head_dim as f64 * partial) as usize;
+        let dim = if kind == "proportional" { options.head_dim } else { share };
+        if dim < 2 || dim % 2 != 0 {
+            let what =
+                format!("is {partial}, so {dim} of {} features rotate: not an even number", options.head_dim);
+            return Err(fields.wrong("partial_rotary_factor", what));
+        }
+        // A fixed stretch of the base, by an older name.
+        if let (true, Some(alpha)) = (kind == "dynamic", fields.number("alpha")?) {
+            let theta = theta * alpha.powf(dim as f64 / (dim as f64 - 2.0));
+            return Ok(Rope { theta, dim, scaling: Scaling::Default, style: options.style });
+        }
+        let scaling = Scaling::parse(kind, &fields, (theta, max_positions), (dim, share), options)?;
+        Ok(Rope { theta, dim, scaling, style: options.style })
+    }
+
+    /// The same with another base.
+    pub fn with_theta(&self, theta: f64) -> Rope {
+        Rope { theta, ..self.clone() }
     }
 
     /// Tables for documents of these lengths (tokens).
@@ -122,12 +234,16 @@ impl Rope {
     }
 
     fn own_rows(&self, length: usize) -> bool {
-        matches!(self.scaling, Scaling::Dynamic { max_positions, .. } if length > max_positions)
+        match self.scaling {
+            Scaling::Dynamic { max_positions, .. } => length > max_positions,
+            Scaling::LongRope { original_positions, .. } => length > original_positions,
+            _ => false,
+        }
     }
 
     fn attention(&self) -> f32 {
         match self.scaling {
-            Scaling::Yarn { attention, .. } => attention as f32,
+            Scaling::Yarn { attention, .. } | Scaling::LongRope { attention, .. } => attention as f32,
             _ => 1.0,
         }
     }
@@ -146,8 +262,16 @@ impl Rope {
             let exponent = (2 * i) as f32 / self.dim as f32;
             1.0 / (theta as f32).powf(exponent)
         });
-        match self.scaling {
+        match self.scaling.clone() {
             Scaling::Default | Scaling::Dynamic { .. } => base.collect(),
+            Scaling::LongRope { short, long, original_positions, .. } => {
+                let factors = if length > original_positions { long } else { short };
+                let power = |i: usize| (theta as f32).powf((2 * i) as f32 / self.dim as f32);
+                factors.iter().enumerate().map(|(i, factor)| 1.0 / (factor * power(i))).collect()
+            }
+            Scaling::Proportional { pairs } => {
+                base.enumerate().map(|(i, f)| if i < pairs { f } else { 0.0 }).collect()
+            }
             Scaling::Linear { factor } => base.map(|f| f / factor as f32).collect(),
             Scaling::Llama3 { factor, low, high, original_positions } => base
                 .map(|f| {
@@ -175,12 +299,22 @@ impl Rope {
 }
 
 /// The object that holds rotary parameters: `rope_scaling` or `rope_parameters`, whichever has fields, in this order.
-fn parameters<'a>(fields: &Fields<'a>) -> Result<Option<Fields<'a>>> {
+pub(super) fn parameters<'a>(fields: &Fields<'a>) -> Result<Option<Fields<'a>>> {
     let filled = |name: &str, path| Ok(fields.object(name, path)?.filter(|object| !object.map.is_empty()));
     match filled("rope_scaling", "rope_scaling.")? {
         Some(scaling) => Ok(Some(scaling)),
         None => filled("rope_parameters", "rope_parameters."),
     }
+}
+
+/// A list of as many positive numbers as there are pairs.
+fn pair_factors(scaling: &Fields<'_>, name: &str, pairs: usize) -> Result<Vec<f32>> {
+    let numbers = scaling.get(name).and_then(Value::as_array).cloned().unwrap_or_default();
+    let factors: Vec<f32> = numbers.iter().filter_map(Value::as_f64).map(|x| x as f32).collect();
+    if factors.len() != pairs || factors.iter().any(|factor| !(*factor > 0.0 && factor.is_finite())) {
+        return Err(scaling.wrong(name, format!("is not a list of {pairs} positive numbers")));
+    }
+    Ok(factors)
 }
 
 impl RopeTable {
@@ -197,23 +331,20 @@ impl RopeTable {
 
 impl Scaling {
     fn parse(
+        kind: &str,
         scaling: &Fields<'_>,
-        config: &Fields<'_>,
-        theta: f64,
-        max_positions: usize,
-        head_dim: usize,
+        (theta, max_positions): (f64, usize),
+        (dim, share): (usize, usize),
+        options: &RopeOptions,
     ) -> Result<Scaling> {
-        let kind = scaling.text("rope_type")?.or(scaling.text("type")?).unwrap_or("default");
         let need = |name: &str| -> Result<f64> {
             scaling
                 .number(name)?
                 .ok_or_else(|| scaling.wrong(name, format!("is missing for rope type {kind}")))
         };
         let original_positions = || -> Result<f64> {
-            Ok(config
-                .number("original_max_position_embeddings")?
-                .or(scaling.number("original_max_position_embeddings")?)
-                .unwrap_or(max_positions as f64))
+            let given = scaling.number("original_max_position_embeddings")?;
+            Ok(given.unwrap_or(options.original_positions.unwrap_or(max_positions) as f64))
         };
         Ok(match kind {
             "default" => Scaling::Default,
@@ -243,7 +374,7 @@ impl Scaling {
                         _ => magnitude(1.0),
                     },
                 };
-                let dim = head_dim as f64;
+                let dim = dim as f64;
                 let pair_of = |rotations: f64| {
                     dim * (original / (rotations * 2.0 * std::f64::consts::PI)).ln() / (2.0 * theta.ln())
                 };
@@ -254,9 +385,27 @@ impl Scaling {
                 }
                 Scaling::Yarn { factor, attention, low: low.max(0.0), high: high.min(dim - 1.0) }
             }
+            "longrope" => {
+                let original = original_positions()?;
+                let factor = scaling.number("factor")?.unwrap_or(max_positions as f64 / original);
+                let attention = match scaling.number("attention_factor")? {
+                    Some(attention) => attention,
+                    None if factor <= 1.0 => 1.0,
+                    None => (1.0 + factor.ln() / original.ln()).sqrt(),
+                };
+                let factors = |name: &str| pair_factors(scaling, name, dim / 2);
+                Scaling::LongRope {
+                    short: factors("short_factor")?,
+                    long: factors("long_factor")?,
+                    attention,
+                    original_positions: original as usize,
+                }
+            }
+            "proportional" => Scaling::Proportional { pairs: share / 2 },
             other => {
-                return Err(Error::input(format!("config.json: rope type {other:?} is not supported"))
-                    .fix("use a checkpoint with rope type default, linear, dynamic, llama3 or yarn"));
+                return Err(Error::input(format!("config.json: rope type {other:?} is not supported")).fix(
+                    "use a checkpoint with rope type default, linear, dynamic, llama3, yarn, longrope or proportional",
+                ));
             }
         })
     }
@@ -269,8 +418,13 @@ mod tests {
     use super::*;
 
     fn rope(config: Value) -> Rope {
-        let fields = Fields::new(config.as_object().unwrap());
-        Rope::of(&fields, parameters(&fields).unwrap(), (10_000.0, 16), 8).unwrap()
+        let mut whole = json!({
+            "architectures": ["LlamaForCausalLM"], "hidden_size": 32, "intermediate_size": 32, "vocab_size": 8,
+            "num_attention_heads": 4, "num_hidden_layers": 1, "max_position_embeddings": 16,
+        });
+        whole.as_object_mut().unwrap().extend(config.as_object().unwrap().clone());
+        let model = crate::model::Model::parse(whole.as_object().unwrap(), &|_| false).unwrap();
+        model.ropes[0].clone()
     }
 
     #[test]

@@ -1,11 +1,12 @@
 //! The sizes that every decoder has, with a family's defaults for fields that config.json does not have.
 
 use super::attention::AttentionForm;
-use super::config::Config;
+use super::config::{Config, Tying};
 use super::fields::Fields;
 use super::form::{BlockForm, EmbeddingForm, Form, HeadForm, LayerForm, MixerForm};
+use super::layer::NormForm;
 use super::mlp::MlpForm;
-use super::rope::Rope;
+use super::rope::{Rope, RopeOptions};
 use crate::backend::{Heads, NormKind};
 use crate::error::{Error, Result};
 
@@ -85,7 +86,7 @@ pub struct Sizes {
     /// The base of rotary frequencies where config.json has none.
     pub theta: f64,
     /// Whether the embedding also serves as lm_head.
-    pub tied: bool,
+    pub tying: Tying,
 }
 
 /// Decoder layers that a model may have: eight times as many as the deepest has, and few enough to plan for.
@@ -94,34 +95,63 @@ const MOST_LAYERS: usize = 1024;
 const MOST_PARAMETERS: u128 = 100_000_000_000_000;
 
 impl Sizes {
+    /// A model of these sizes with such layers and rotary embeddings, plain ends, and Llama's norm behind the layers.
+    pub fn model(&self, ropes: Vec<Rope>, layer: impl FnMut(usize) -> Result<LayerForm>) -> Result<Form> {
+        Ok(Form {
+            hidden: self.hidden,
+            vocab: self.vocab,
+            layers: (0..self.layers).map(layer).collect::<Result<_>>()?,
+            ropes,
+            temperature: None,
+            embedding: EmbeddingForm::Plain,
+            norm: (self.norm(), "norm"),
+            head: HeadForm { multiplier: 1.0, softcap: None },
+            tying: self.tying,
+            constants: &[],
+        })
+    }
+
+    /// Llama's attention.
+    pub fn attention(&self) -> AttentionForm {
+        AttentionForm::llama(self.heads)
+    }
+
+    /// Llama's MLP.
+    pub fn mlp(&self) -> MlpForm {
+        MlpForm::llama(self.intermediate)
+    }
+
+    /// Llama's norm.
+    pub fn norm(&self) -> NormForm {
+        NormKind::llama(self.eps).into()
+    }
+
+    /// Llama's rotary embedding, as config.json gives it.
+    pub fn rope(&self) -> RopeOptions {
+        RopeOptions::llama(self.theta, self.heads.dim)
+    }
+
+    /// Llama's layer with this attention and this MLP.
+    pub fn llama_layer(&self, attention: AttentionForm, mlp: MlpForm) -> LayerForm {
+        let norm = self.norm();
+        LayerForm::of(vec![
+            BlockForm::new((norm, "input_layernorm"), MixerForm::Attention(attention)),
+            BlockForm::new((norm, "post_attention_layernorm"), MixerForm::Mlp(mlp)),
+        ])
+    }
+
     /// A model of Llama's layers, each of which `change` may make another: it is given the layer's number, its
     /// attention and its MLP.
     pub fn llama(
         &self,
         config: &Config<'_>,
-        mut change: impl FnMut(usize, &mut AttentionForm, &mut MlpForm) -> Result<()>,
+        mut change: impl FnMut(usize, &mut AttentionForm, &mut MlpForm),
     ) -> Result<Form> {
-        let norm = NormKind::llama(self.eps).into();
-        let layer = |layer: usize| -> Result<LayerForm> {
-            let (mut attention, mut mlp) =
-                (AttentionForm::llama(self.heads), MlpForm::llama(self.intermediate));
-            change(layer, &mut attention, &mut mlp)?;
-            let blocks = vec![
-                BlockForm::new((norm, "input_layernorm"), MixerForm::Attention(attention)),
-                BlockForm::new((norm, "post_attention_layernorm"), MixerForm::Mlp(mlp)),
-            ];
-            Ok(LayerForm { blocks, scalar: None })
-        };
-        Ok(Form {
-            hidden: self.hidden,
-            vocab: self.vocab,
-            layers: (0..self.layers).map(layer).collect::<Result<_>>()?,
-            ropes: vec![Rope::read(config, self, self.heads.dim)?],
-            temperature: None,
-            embedding: EmbeddingForm::Plain,
-            norm: (norm, "norm"),
-            head: HeadForm { multiplier: 1.0, softcap: None },
-            tied: self.tied,
+        let ropes = vec![Rope::read(config, self, &self.rope())?];
+        self.model(ropes, |layer| {
+            let (mut attention, mut mlp) = (self.attention(), self.mlp());
+            change(layer, &mut attention, &mut mlp);
+            Ok(self.llama_layer(attention, mlp))
         })
     }
 
@@ -211,7 +241,7 @@ impl Config<'_> {
                 .optional_count("max_position_embeddings")?
                 .unwrap_or(defaults.max_positions),
             theta: defaults.theta,
-            tied: self.tied(defaults.tied)?,
+            tying: self.tying(defaults.tied)?,
         };
         sizes.check(fields)?;
         Ok(sizes)

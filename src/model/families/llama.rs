@@ -21,7 +21,6 @@ fn llama(config: &Config<'_>) -> Result<Form> {
     config.activation("hidden_act", &["silu"])?;
     sizes.llama(config, |_, attention, mlp| {
         (attention.input_bias, attention.output_bias, mlp.bias) = (bias, bias, mlp_bias);
-        Ok(())
     })
 }
 
@@ -34,8 +33,5 @@ fn mistral(config: &Config<'_>) -> Result<Form> {
     // A null switches the window off.
     let window = config.text.count_or("sliding_window", Some(4096))?;
     config.activation("hidden_act", &["silu"])?;
-    sizes.llama(config, |_, attention, _| {
-        attention.window = window;
-        Ok(())
-    })
+    sizes.llama(config, |_, attention, _| attention.window = window)
 }

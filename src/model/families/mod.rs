@@ -1,7 +1,19 @@
 //! The supported architectures. A family is a file that turns the fields of config.json into a description of every
 //! layer ([`Form`]); nothing else in the program knows it by name.
 
+mod cohere;
+mod gemma;
+mod gemma4;
+mod glm4;
+mod granite;
 mod llama;
+mod ministral;
+mod muse;
+mod near_llama;
+mod nemotron;
+mod olmo;
+mod phi3;
+mod qwen;
 
 use super::config::Config;
 use super::form::Form;
@@ -29,9 +41,59 @@ pub struct Wrapper {
     pub tied: bool,
 }
 
-const FAMILIES: &[&Family] = &[&llama::LLAMA, &llama::MISTRAL];
+const FAMILIES: &[&Family] = &[
+    &llama::LLAMA,
+    &llama::MISTRAL,
+    &ministral::MINISTRAL3,
+    &qwen::QWEN2,
+    &qwen::QWEN2_VL,
+    &qwen::QWEN3,
+    &qwen::QWEN3_VL,
+    &gemma::GEMMA,
+    &gemma::GEMMA2,
+    &gemma::GEMMA3,
+    &gemma4::GEMMA4,
+    &gemma4::GEMMA4_UNIFIED,
+    &muse::MUSE,
+    &cohere::COHERE,
+    &cohere::COHERE2,
+    &phi3::PHI3,
+    &glm4::GLM4,
+    &granite::GRANITE,
+    &granite::GRANITE_SWA,
+    &granite::HYPERCLOVAX,
+    &olmo::OLMO2,
+    &olmo::OLMO3,
+    &olmo::EXAONE4,
+    &near_llama::SMOLLM3,
+    &near_llama::SEED_OSS,
+    &near_llama::APERTUS,
+    &near_llama::HUNYUAN,
+    &nemotron::NEMOTRON,
+    &nemotron::ARCEE,
+    &nemotron::JAIS2,
+];
 
-const WRAPPERS: &[Wrapper] = &[];
+const WRAPPERS: &[Wrapper] = &[
+    wraps("Mistral3ForConditionalGeneration", "mistral3", "mistral", true),
+    wraps("Qwen2VLForConditionalGeneration", "qwen2_vl", "qwen2_vl_text", false),
+    wraps("Qwen2_5_VLForConditionalGeneration", "qwen2_5_vl", "qwen2_5_vl_text", false),
+    wraps("Qwen3VLForConditionalGeneration", "qwen3_vl", "qwen3_vl_text", false),
+    wraps("Gemma3ForConditionalGeneration", "gemma3", "gemma3_text", true),
+    wraps("Gemma4ForConditionalGeneration", "gemma4", "gemma4_text", true),
+    wraps("Gemma4UnifiedForConditionalGeneration", "gemma4_unified", "gemma4_unified_text", true),
+    wraps("Cohere2VisionForConditionalGeneration", "cohere2_vision", "cohere2", true),
+    wraps("MuseGlimmerForConditionalGeneration", "muse_glimmer", "muse_glimmer_text", false),
+];
+
+const fn wraps(
+    architecture: &'static str,
+    model_type: &'static str,
+    decoder: &'static str,
+    tied: bool,
+) -> Wrapper {
+    Wrapper { architecture, model_type, decoder, tied }
+}
 
 /// The names of the supported architectures.
 pub fn supported() -> Vec<&'static str> {
