@@ -5,13 +5,11 @@ mod attention;
 mod config;
 mod description;
 mod families;
-mod fields;
 mod fit;
 mod form;
 mod layer;
 mod mlp;
 mod rope;
-mod sizes;
 
 pub use attention::{Attention, AttentionForm, NormScope, Projections};
 pub use config::{Tying, architectures};

@@ -6,9 +6,9 @@
 
 use serde_json::{Map, Value};
 
+use super::config::fields::Fields;
+use super::config::sizes::Sizes;
 use super::config::{Config, FULL};
-use super::fields::Fields;
-use super::sizes::Sizes;
 use crate::error::{Error, Result};
 
 /// Rotary embedding of one model.

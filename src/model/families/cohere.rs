@@ -4,11 +4,11 @@ use super::Family;
 use crate::backend::{Gamma, NormKind};
 use crate::error::Result;
 use crate::model::attention::{HeadNorms, NormScope};
+use crate::model::config::sizes::{Defaults, Sizes};
 use crate::model::config::{Config, FULL, SLIDING};
 use crate::model::form::{BlockForm, Form, HeadForm, LayerForm, MixerForm};
 use crate::model::layer::NormForm;
 use crate::model::rope::{Rope, RopeOptions, RopeStyle};
-use crate::model::sizes::{Defaults, Sizes};
 
 /// The first generation: positions on every layer, and norms of queries and keys in the larger models.
 pub const COHERE: Family =

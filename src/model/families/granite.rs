@@ -2,10 +2,10 @@
 
 use super::Family;
 use crate::error::Result;
+use crate::model::config::sizes::{Defaults, KvHeads, Sizes};
 use crate::model::config::{Config, FULL, SLIDING};
 use crate::model::form::{EmbeddingForm, Form, HeadForm, LayerForm};
 use crate::model::rope::Rope;
-use crate::model::sizes::{Defaults, KvHeads, Sizes};
 
 /// `GraniteForCausalLM`.
 pub const GRANITE: Family =

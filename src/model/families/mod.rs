@@ -2,17 +2,14 @@
 //! layer ([`Form`]); nothing else in the program knows it by name.
 
 mod cohere;
+mod fused;
 mod gemma;
-mod gemma4;
-mod glm4;
 mod granite;
 mod llama;
-mod ministral;
-mod muse;
+mod mistral;
 mod near_llama;
 mod nemotron;
 mod olmo;
-mod phi3;
 mod qwen;
 
 use super::config::Config;
@@ -43,8 +40,8 @@ pub struct Wrapper {
 
 const FAMILIES: &[&Family] = &[
     &llama::LLAMA,
-    &llama::MISTRAL,
-    &ministral::MINISTRAL3,
+    &mistral::MISTRAL,
+    &mistral::MINISTRAL3,
     &qwen::QWEN2,
     &qwen::QWEN2_VL,
     &qwen::QWEN3,
@@ -52,13 +49,13 @@ const FAMILIES: &[&Family] = &[
     &gemma::GEMMA,
     &gemma::GEMMA2,
     &gemma::GEMMA3,
-    &gemma4::GEMMA4,
-    &gemma4::GEMMA4_UNIFIED,
-    &muse::MUSE,
+    &gemma::gemma4::GEMMA4,
+    &gemma::gemma4::GEMMA4_UNIFIED,
+    &gemma::muse::MUSE,
     &cohere::COHERE,
     &cohere::COHERE2,
-    &phi3::PHI3,
-    &glm4::GLM4,
+    &fused::PHI3,
+    &fused::GLM4,
     &granite::GRANITE,
     &granite::GRANITE_SWA,
     &granite::HYPERCLOVAX,

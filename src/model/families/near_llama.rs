@@ -6,11 +6,11 @@ use super::Family;
 use crate::backend::NormKind;
 use crate::error::Result;
 use crate::model::attention::{AttentionNames, HeadNorms, NormScope};
+use crate::model::config::sizes::{Defaults, KvHeads};
 use crate::model::config::{Config, FULL, SLIDING};
 use crate::model::form::{BlockForm, Form, LayerForm, MixerForm};
 use crate::model::mlp::{Function, MlpForm, MlpShape};
 use crate::model::rope::{Rope, RopeOptions};
-use crate::model::sizes::{Defaults, KvHeads};
 
 /// Some layers have no positions.
 pub const SMOLLM3: Family =

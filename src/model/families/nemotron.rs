@@ -4,11 +4,11 @@ use super::Family;
 use crate::backend::{Gamma, NormKind};
 use crate::error::Result;
 use crate::model::config::Config;
+use crate::model::config::sizes::{Defaults, Sizes};
 use crate::model::form::{BlockForm, Form, LayerForm, MixerForm};
 use crate::model::layer::NormForm;
 use crate::model::mlp::{Function, MlpForm, MlpShape};
 use crate::model::rope::{Rope, RopeOptions};
-use crate::model::sizes::{Defaults, Sizes};
 
 /// Norms with biases, by one plus their weight; half of each head rotates.
 pub const NEMOTRON: Family =

@@ -4,11 +4,11 @@ use super::Family;
 use crate::backend::{Gamma, NormKind};
 use crate::error::Result;
 use crate::model::attention::{AttentionForm, HeadNorms, NormScope};
+use crate::model::config::sizes::{Defaults, KvHeads, Sizes};
 use crate::model::config::{Config, FULL, SLIDING};
 use crate::model::form::{BlockForm, Form, LayerForm, MixerForm};
 use crate::model::layer::NormForm;
 use crate::model::rope::{Rope, RopeOptions, RopeStyle};
-use crate::model::sizes::{Defaults, KvHeads, Sizes};
 
 /// Queries and keys are normed over all heads together.
 pub const OLMO2: Family =

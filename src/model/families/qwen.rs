@@ -5,9 +5,9 @@ use super::Family;
 use crate::backend::NormKind;
 use crate::error::Result;
 use crate::model::attention::{HeadNorms, NormScope};
+use crate::model::config::sizes::{Defaults, KvHeads, Sizes};
 use crate::model::config::{Config, FULL, SLIDING};
 use crate::model::form::Form;
-use crate::model::sizes::{Defaults, KvHeads, Sizes};
 
 /// Biases on q, k and v; the window starts at a layer, where it is used at all.
 pub const QWEN2: Family = Family {

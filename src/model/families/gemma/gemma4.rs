@@ -3,17 +3,17 @@
 
 use serde_json::{Value, json};
 
-use super::Family;
-use super::gemma::{FOUR, root, sandwich};
+use super::{FOUR, root, sandwich};
 use crate::backend::{Gamma, Heads, NormKind};
 use crate::error::Result;
 use crate::model::attention::{AttentionForm, HeadNorms, NormScope, Projections};
+use crate::model::config::sizes::{Defaults, KvHeads, Sizes};
 use crate::model::config::{Config, FULL, SLIDING};
+use crate::model::families::Family;
 use crate::model::form::{Form, HeadForm, LayerForm};
 use crate::model::layer::NormForm;
 use crate::model::mlp::{Function, MlpForm};
 use crate::model::rope::{Rope, RopeOptions};
-use crate::model::sizes::{Defaults, KvHeads, Sizes};
 
 /// Alone or inside of `Gemma4ForConditionalGeneration`.
 pub const GEMMA4: Family = Family {

@@ -1,18 +1,21 @@
 //! Gemma 1 to 3: norms that multiply by one plus their weight, an embedding times the root of its size and, from the
 //! second generation on, norms before and behind each mixer, windows on most layers, and caps.
 
+pub mod gemma4;
+pub mod muse;
+
 use serde_json::Value;
 
 use super::Family;
 use crate::backend::{Gamma, NormKind};
 use crate::error::Result;
 use crate::model::attention::{AttentionForm, HeadNorms, NormScope};
+use crate::model::config::sizes::{Defaults, KvHeads, Sizes};
 use crate::model::config::{Config, FULL, SLIDING};
 use crate::model::form::{BlockForm, EmbeddingForm, Form, HeadForm, LayerForm, MixerForm};
 use crate::model::layer::NormForm;
 use crate::model::mlp::{Function, MlpForm};
 use crate::model::rope::{Rope, RopeOptions};
-use crate::model::sizes::{Defaults, KvHeads, Sizes};
 
 /// The first generation.
 pub const GEMMA: Family =

@@ -1,17 +1,34 @@
-//! Mistral's third generation: YaRN, and queries that grow with their position.
+//! Mistral: Llama with a sliding window and no biases; in the third generation YaRN, and queries that grow with their
+//! position.
 
 use serde_json::json;
 
 use super::Family;
 use crate::error::Result;
 use crate::model::config::Config;
+use crate::model::config::sizes::{Defaults, KvHeads};
 use crate::model::form::{Form, Temperature};
 use crate::model::rope::{Rope, RopeOptions, parameters};
-use crate::model::sizes::{Defaults, KvHeads};
+
+/// `MistralForCausalLM`: no biases, a sliding window.
+pub const MISTRAL: Family =
+    Family { architectures: &["MistralForCausalLM"], model_types: &["mistral"], form: mistral };
 
 /// `Ministral3ForCausalLM`, alone or inside of `Mistral3ForConditionalGeneration`.
 pub const MINISTRAL3: Family =
     Family { architectures: &["Ministral3ForCausalLM"], model_types: &["ministral3"], form: ministral3 };
+
+fn mistral(config: &Config<'_>) -> Result<Form> {
+    let sizes = config.sizes(&Defaults {
+        max_positions: 4096 * 32,
+        kv_heads: KvHeads::Count(8),
+        ..Defaults::LLAMA
+    })?;
+    // A null switches the window off.
+    let window = config.text.count_or("sliding_window", Some(4096))?;
+    config.activation("hidden_act", &["silu"])?;
+    sizes.llama(config, |_, attention, _| attention.window = window)
+}
 
 fn ministral3(config: &Config<'_>) -> Result<Form> {
     let sizes = config.sizes(&Defaults {

@@ -1,15 +1,15 @@
 //! Muse-Glimmer: Gemma's four norms around Llama's MLP, queries and keys normed without weights, and a gate on what
 //! attention gives.
 
-use super::Family;
-use super::gemma::{FOUR, sandwich};
+use super::{FOUR, sandwich};
 use crate::backend::{Gamma, NormKind};
 use crate::error::Result;
 use crate::model::attention::{HeadNorms, NormScope};
+use crate::model::config::sizes::{Defaults, KvHeads};
 use crate::model::config::{Config, FULL, SLIDING};
+use crate::model::families::Family;
 use crate::model::form::{EmbeddingForm, Form, HeadForm};
 use crate::model::rope::Rope;
-use crate::model::sizes::{Defaults, KvHeads};
 
 /// The decoder of `MuseGlimmerForConditionalGeneration`.
 pub const MUSE: Family = Family { architectures: &[], model_types: &["muse_glimmer_text"], form: muse };

@@ -1,11 +1,14 @@
 //! config.json, as Transformers reads it: which family describes the decoder, and where its fields are.
 
+pub mod fields;
+pub mod sizes;
+
 use serde_json::{Map, Value};
 
 use super::families::{self, Family, Wrapper, supported};
-use super::fields::{Fields, shown};
 use crate::backend::Activation;
 use crate::error::{Error, Result};
+use fields::{Fields, shown};
 
 /// config.json with the family that describes its decoder.
 pub struct Config<'a> {

@@ -1,14 +1,14 @@
 //! The sizes that every decoder has, with a family's defaults for fields that config.json does not have.
 
-use super::attention::AttentionForm;
-use super::config::{Config, Tying};
 use super::fields::Fields;
-use super::form::{BlockForm, EmbeddingForm, Form, HeadForm, LayerForm, MixerForm};
-use super::layer::NormForm;
-use super::mlp::MlpForm;
-use super::rope::{Rope, RopeOptions};
+use super::{Config, Tying};
 use crate::backend::{Heads, NormKind};
 use crate::error::{Error, Result};
+use crate::model::attention::AttentionForm;
+use crate::model::form::{BlockForm, EmbeddingForm, Form, HeadForm, LayerForm, MixerForm};
+use crate::model::layer::NormForm;
+use crate::model::mlp::MlpForm;
+use crate::model::rope::{Rope, RopeOptions};
 
 /// Key and value heads where config.json has no such field.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
