@@ -296,16 +296,13 @@ impl Layer {
         self.sites.iter().position(reads).expect("every linear reads a site")
     }
 
-    /// The norms and biases that folds of inputs may change.
-    pub fn changed_by_folds(&self) -> Vec<String> {
-        let changed = |site: &Site| -> Vec<String> {
-            match &site.producer {
-                Producer::Norm(norm) => self.norms[*norm].tensors().map(|spec| spec.name.clone()).collect(),
-                Producer::Rows(rows) => self.linears[rows.linear].bias().into_iter().collect(),
-                Producer::Fixed => vec![],
-            }
-        };
-        self.sites.iter().flat_map(changed).collect()
+    /// The norms and biases that a fold of a site's input may change.
+    pub fn changed_by_fold(&self, site: &Site) -> Vec<String> {
+        match &site.producer {
+            Producer::Norm(norm) => self.norms[*norm].tensors().map(|spec| spec.name.clone()).collect(),
+            Producer::Rows(rows) => self.linears[rows.linear].bias().into_iter().collect(),
+            Producer::Fixed => vec![],
+        }
     }
 
     /// Every source tensor of the layer: those that stay as they are first, then the linears'.

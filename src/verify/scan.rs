@@ -1,24 +1,27 @@
 //! One pass over a quantized linear's bytes: what the rules about values need.
 
 use std::ops::Range;
+use std::sync::Mutex;
 
 use half::f16;
 use rayon::prelude::*;
 use safetensors::Dtype;
 
-use super::rules::folds::LayerFolds;
+use super::rules::folds::{LayerFolds, Line};
 use super::subject::Subject;
 use crate::checkpoint::{Layout, LinearNames, LinearScheme, SourceTensor};
-use crate::model::{Group, LinearSpec};
+use crate::model::{Group, Layer, LinearSpec};
 use crate::nvfp4::content::Content;
-use crate::nvfp4::{self, BLOCK, Distance, GlobalScale};
+use crate::nvfp4::{self, BLOCK, Distance, GlobalScale, dequantize};
 
 /// What was found in one linear.
 pub struct LinearScan {
     /// Module name.
     pub module: String,
-    /// Its group: the name of the first member.
+    /// The linears that read the same input: the name of the first.
     pub group: String,
+    /// Those of them that engines merge with it: the name of the first.
+    pub fused: String,
     /// Codes and block scales, counted.
     pub content: Content,
     /// The weight's global scale as stored.
@@ -32,6 +35,9 @@ pub struct LinearScan {
     /// Bytes of codes, of block scales and of the global scale that max calibration would have chosen
     /// otherwise.
     pub differing: Option<usize>,
+    /// The input channel whose weights are furthest from the source's by a common factor, and this factor: what
+    /// produces the channel does not hold the factor that was folded into the weights.
+    pub unbalanced: Option<(usize, f64)>,
 }
 
 /// The relative error from which on a linear is compared with what max scales would have made of it.
@@ -40,8 +46,8 @@ pub const WORTH_A_LOOK: f64 = 0.15;
 /// Elements that are compared at a time.
 const CHUNK: usize = 1 << 18;
 
-/// Scans the NVFP4 members of a fused group. Distances are to the source with the folds applied.
-pub fn scan_group(subject: &Subject, group: &Group, folds: &LayerFolds) -> Vec<LinearScan> {
+/// Scans the NVFP4 linears of a layer that read the same input. Distances are to the source with the folds applied.
+pub fn scan_group(subject: &Subject, layer: &Layer, group: &Group, folds: &LayerFolds) -> Vec<LinearScan> {
     let members: Vec<&LinearSpec> = group
         .members
         .iter()
@@ -67,6 +73,7 @@ pub fn scan_group(subject: &Subject, group: &Group, folds: &LayerFolds) -> Vec<L
             subject,
             names: &names,
             elements: linear.rows * linear.cols,
+            columns: subject.folds().then(|| Mutex::new(vec![Line::default(); linear.cols])),
             source,
             fold: &|first, w| folds.apply(group.site, number, linear.cols, first, w),
             global: subject.layout?.global(weight_global),
@@ -80,15 +87,24 @@ pub fn scan_group(subject: &Subject, group: &Group, folds: &LayerFolds) -> Vec<L
         Some(LinearScan {
             module: linear.name.clone(),
             group: first.clone(),
+            fused: fused_with(layer, number),
             content: found.content,
             weight_global,
             input_global: subject.scalar(&names.input_global),
             distance,
             max_distance: if close { None } else { scan.under_max() },
             differing: source.map(|_| found.differing + if differs { 4 } else { 0 }),
+            unbalanced: scan.unbalanced(linear.rows),
         })
     };
     members.iter().zip(&sources).filter_map(scan).collect()
+}
+
+/// The first of the linears that engines merge with the one with this number.
+fn fused_with(layer: &Layer, number: usize) -> String {
+    let linear = &layer.linears[number];
+    let merged = layer.fused().into_iter().find(|merged| merged.contains(&linear));
+    merged.map_or(linear, |merged| merged[0]).name.clone()
 }
 
 /// One pass over a linear's bytes and its source's.
@@ -96,6 +112,8 @@ struct Scan<'a> {
     subject: &'a Subject,
     names: &'a LinearNames,
     elements: usize,
+    /// What is found in each column, where folds are to be proven.
+    columns: Option<Mutex<Vec<Line>>>,
     source: Option<&'a SourceTensor>,
     /// Applies the folds to source elements from the given one on.
     fold: &'a (dyn Fn(usize, &mut [f32]) + Sync),
@@ -120,6 +138,8 @@ struct Buffers {
     scales: Vec<u8>,
     stored: Vec<u8>,
     w: Vec<f32>,
+    dequantized: Vec<f32>,
+    columns: Vec<Line>,
     max_codes: Vec<u8>,
     max_scales: Vec<u8>,
 }
@@ -174,8 +194,15 @@ impl Scan<'_> {
         (0..self.elements.div_ceil(CHUNK)).into_par_iter().map_init(Buffers::default, part).collect()
     }
 
+    /// The channel that is furthest from the source, among those that are further than rounding explains.
+    fn unbalanced(&self, rows: usize) -> Option<(usize, f64)> {
+        let columns = self.columns.as_ref()?.lock().expect("no thread panicked");
+        let off = columns.iter().enumerate().filter_map(|(i, line)| Some((i, line.is_off_by(rows)?)));
+        off.max_by(|(_, a), (_, b)| a.ln().abs().total_cmp(&b.ln().abs()))
+    }
+
     fn part(&self, range: Range<usize>, buffers: &mut Buffers) -> Option<Scanned> {
-        let Buffers { codes, scales, stored, w, max_codes, max_scales } = buffers;
+        let Buffers { codes, scales, stored, w, dequantized, columns, max_codes, max_scales } = buffers;
         codes.resize(range.len() / 2, 0);
         scales.resize(range.len() / BLOCK, 0);
         self.subject.read(&self.names.codes, range.start / 2, codes)?;
@@ -185,6 +212,19 @@ impl Scan<'_> {
         widen(source, range.clone(), stored, w)?;
         (self.fold)(range.start, w);
         found.distance = Distance::between(w, codes, scales, self.global);
+        if let Some(all) = &self.columns {
+            dequantized.resize(w.len(), 0.0);
+            dequantize(codes, scales, self.global, dequantized);
+            columns.clear();
+            columns.resize(all.lock().expect("no thread panicked").len(), Line::default());
+            let first = range.start % columns.len();
+            for (i, (w, here)) in w.iter().zip(&*dequantized).enumerate() {
+                let column = (first + i) % columns.len();
+                columns[column].add(*w, *here);
+            }
+            let mut all = all.lock().expect("no thread panicked");
+            all.iter_mut().zip(&*columns).for_each(|(sum, part)| sum.join(part));
+        }
         if let Some(expected) = self.expected {
             max_codes.resize(codes.len(), 0);
             max_scales.resize(scales.len(), 0);

@@ -270,7 +270,7 @@ impl Subject {
         let Ok(model) = &self.model else { return vec![] };
         let layer = &model.layers[layer];
         let folds = LayerFolds::of(self, layer);
-        layer.groups().iter().flat_map(|group| scan_group(self, group, &folds)).collect()
+        layer.groups().iter().flat_map(|group| scan_group(self, layer, group, &folds)).collect()
     }
 
     /// Whether the files say that factors were folded into norms, v and up.

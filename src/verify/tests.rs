@@ -414,6 +414,24 @@ const SEARCHED: &[Case] = &[
     }),
 ];
 
+/// Cases in which norms may hold factors.
+const FOLDED: &[Case] = &[
+    ("S1", Level::Error, CT, |g| {
+        g.bytes("model.layers.1.input_layernorm.weight", |b| b[2 * 5..2 * 6].fill(0)) // no factor makes that
+    }),
+    ("S2", Level::Error, CT, |g| scaled_channel(g, 1.5)),
+    ("S2", Level::Error, MO, |g| scaled_channel(g, 0.75)),
+];
+
+/// One channel of a norm is another than the weights that read it make up for.
+fn scaled_channel(g: &Good, factor: f32) {
+    g.bytes("model.layers.0.post_attention_layernorm.weight", |bytes| {
+        let element = &mut bytes[2 * 7..2 * 8];
+        let weight = bf16::from_le_bytes(element.try_into().unwrap()).to_f32();
+        element.copy_from_slice(&bf16::from_f32(factor * weight).to_le_bytes());
+    });
+}
+
 /// The same weights with block scales smaller by powers of two and a global scale larger by as much.
 fn smaller_scales(g: &Good, octaves: u8) {
     g.tensors(|tensors| {
@@ -434,12 +452,33 @@ fn check(report: &Report, &(id, level, layout, _): &Case) {
 
 #[test]
 fn each_corruption_breaks_exactly_its_rule() {
-    for (method, cases) in [("max", CASES), ("sweep", SEARCHED)] {
+    for (method, cases) in [("max", CASES), ("sweep", SEARCHED), ("smooth+sweep", FOLDED)] {
         for case in cases {
             let good = Good::of(case.2, method, |_| {});
             (case.3)(&good);
             check(&good.report(), case);
         }
+    }
+}
+
+#[test]
+fn zero_is_an_ordinary_weight_of_a_norm_that_adds_one_to_it() {
+    use rules::folds::holds_factor;
+
+    use crate::backend::Gamma;
+    for (gamma, here, there, holds) in [
+        (Gamma::Weight, 0.5, 0.0, false),
+        (Gamma::Weight, 0.0, 0.0, true),
+        (Gamma::Weight, 0.5, 0.25, true),
+        (Gamma::Weight, -0.5, 0.25, false),
+        (Gamma::OnePlus, 0.5, 0.0, true),
+        (Gamma::OnePlus, 0.0, 0.5, true),
+        (Gamma::OnePlus, -0.5, 0.25, true),
+        (Gamma::OnePlus, -1.5, 0.25, false),
+        (Gamma::OnePlus, -1.0, -1.0, true),
+        (Gamma::OnePlus, 0.0, -1.0, false),
+    ] {
+        assert_eq!(holds_factor(Dtype::BF16, gamma, here, there), holds, "{gamma:?}: {here} for {there}");
     }
 }
 

@@ -68,7 +68,7 @@ impl LayerFolds {
 }
 
 /// The factors by which a norm's output was multiplied: ones where its weights tell nothing.
-fn norm_factors(subject: &Subject, norm: &Norm) -> Option<Vec<f32>> {
+pub fn norm_factors(subject: &Subject, norm: &Norm) -> Option<Vec<f32>> {
     let weight = norm.weight.as_ref()?;
     let gamma = norm.kind.gamma;
     if gamma == Gamma::Weight {
@@ -84,12 +84,22 @@ fn norm_factors(subject: &Subject, norm: &Norm) -> Option<Vec<f32>> {
 }
 
 /// Whether an element of a norm or of a bias can be the source's times a factor: the sign is the same, and what was
-/// not zero is zero only where the factor may have made it too small for the dtype.
-pub fn holds_factor(dtype: Dtype, here: f32, there: f32) -> bool {
+/// not zero is zero only where the factor may have made it too small for the dtype. Of a norm that multiplies by one
+/// plus its weight, the sum is what holds the factor.
+pub fn holds_factor(dtype: Dtype, gamma: Gamma, here: f32, there: f32) -> bool {
     /// No fold makes an element smaller than by this.
     const LEAST: f32 = 1.0 / 64.0;
-    let vanished = here == 0.0 && (there * LEAST).abs() <= smallest_normal(dtype);
+    let vanished = gamma == Gamma::Weight && here == 0.0 && (there * LEAST).abs() <= smallest_normal(dtype);
+    let (here, there) = (gamma.of_weight(here), gamma.of_weight(there));
     vanished || if there == 0.0 { here == 0.0 } else { (here / there).is_normal() && here / there > 0.0 }
+}
+
+/// Whether an element of a norm's bias is the source's times the factor that the norm's weight holds.
+pub fn has_factor(dtype: Dtype, here: f32, there: f32, factor: f32) -> bool {
+    /// What storing a product may move it by: more than a rounding to BF16 does.
+    const ROUNDING: f32 = 1.0 / 128.0;
+    let expected = there * factor;
+    (here - expected).abs() <= ROUNDING * expected.abs() + smallest_normal(dtype)
 }
 
 fn smallest_normal(dtype: Dtype) -> f32 {
@@ -153,14 +163,32 @@ fn row_factors(
 
 /// A row or a column of the source and of what was made of it: `Σ w²`, `Σ ŵ·w` and `Σ ŵ²`.
 #[derive(Clone, Copy, Default)]
-struct Line([f64; 3]);
+pub struct Line([f64; 3]);
 
 impl Line {
-    fn add(&mut self, w: f32, q: f32) {
+    /// Adds an element of the source, and what was made of it.
+    pub fn add(&mut self, w: f32, q: f32) {
         let (w, q) = (w as f64, q as f64);
         self.0[0] += w * w;
         self.0[1] += w * q;
         self.0[2] += q * q;
+    }
+
+    /// Adds the elements of another part of the same line.
+    pub fn join(&mut self, part: &Line) {
+        self.0.iter_mut().zip(part.0).for_each(|(sum, part)| *sum += part);
+    }
+
+    /// By which factor the line is another than the source's, where that is more than rounding explains. Rounding moves
+    /// the logarithm of the factor at random, by less the more `elements` there are, and in one direction by about as
+    /// much as it moves the line: small elements may all become smaller, or larger.
+    pub fn is_off_by(&self, elements: usize) -> Option<f64> {
+        /// What is explained in any case: a channel that is off by less changes nothing that can be seen.
+        const EXPLAINED: f64 = 0.05;
+        let [sum, weight] = self.log_ratio(elements);
+        let (log, moved) = (sum / weight, elements as f64 / weight);
+        let explained = EXPLAINED + 6.0 * (1.0 / weight).sqrt() + 2.0 * moved;
+        (weight > 0.0 && log.abs() > explained).then(|| log.exp())
     }
 
     /// The logarithm of the factor by which the source was multiplied, in the sense of least squares, times its weight;
@@ -217,8 +245,7 @@ impl Pair<'_> {
             lines
         })?;
         let add = |mut sum: Vec<Line>, part: Vec<Line>| {
-            let sums = sum.iter_mut().zip(part);
-            sums.for_each(|(sum, part)| sum.0.iter_mut().zip(part.0).for_each(|(sum, part)| *sum += part));
+            sum.iter_mut().zip(&part).for_each(|(sum, part)| sum.join(part));
             sum
         };
         parts.into_iter().reduce(add)

@@ -82,8 +82,22 @@ const PROVENANCE: [&str; 2] = ["transformers_version", "quantization_config"];
 /// The fields in one spelling: what is absent, null or the default left out, numbers as floating-point, dtype and
 /// rotary embedding under the names of Transformers 5.
 fn meaning(config: &Map<String, Value>) -> Fields {
+    let mut all = Fields::new();
+    for (part, fields) in config.iter().filter(|(name, _)| PARTS.contains(&name.as_str())) {
+        let inside = fields.as_object().map(meaning).unwrap_or_default();
+        all.extend(inside.into_iter().map(|(name, value)| (format!("{part}.{name}"), value)));
+    }
+    let own = config.iter().filter(|(name, _)| !PARTS.contains(&name.as_str()));
+    all.extend(meaning_alone(own));
+    all
+}
+
+/// Objects in config.json that have the fields of a part of the model.
+const PARTS: [&str; 3] = ["text_config", "vision_config", "audio_config"];
+
+/// The same of fields that stand beside each other.
+fn meaning_alone<'a>(config: impl Iterator<Item = (&'a String, &'a Value)>) -> Fields {
     let mut fields: Fields = config
-        .iter()
         .filter(|(key, value)| {
             !value.is_null() && !PROVENANCE.contains(&key.as_str()) && !key.starts_with('_')
         })
@@ -177,6 +191,12 @@ mod tests {
         ] {
             assert_ne!(differing(here.clone(), there.clone()), [], "{here} {there}");
         }
+        let text = |value: Value| json!({"text_config": value});
+        let old = text(json!({"torch_dtype": "bfloat16", "rope_theta": 1e6, "attention_bias": false}));
+        let new = text(json!({"dtype": "bfloat16", "rope_parameters": {"rope_theta": 1000000}}));
+        assert_eq!(differing(old, new), []);
+        let another = differing(text(json!({"vocab_size": 5})), text(json!({"vocab_size": 6})));
+        assert_eq!(another[0].0, "text_config.vocab_size is 5.0, and 6.0 in the source");
         let both = differing(json!({"vocab_size": 5}), json!({"vocab_size": 6}));
         assert_eq!(both, [("vocab_size is 5.0, and 6.0 in the source".to_string(), false)]);
     }

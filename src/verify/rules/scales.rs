@@ -71,9 +71,14 @@ fn has_inputs(subject: &Subject) -> bool {
     subject.linears.iter().any(|scan| scan.input_global.is_some())
 }
 
-/// Whether two linears of a group are quantized.
+/// Whether two linears that engines merge are quantized.
 fn has_fused(subject: &Subject) -> bool {
-    subject.linears.windows(2).any(|pair| pair[0].group == pair[1].group)
+    subject.linears.windows(2).any(|pair| pair[0].fused == pair[1].fused)
+}
+
+/// The global scales of the weights and of the input, as stored.
+fn scales(scan: &LinearScan) -> (u32, Option<u32>) {
+    (scan.weight_global.to_bits(), scan.input_global.map(f32::to_bits))
 }
 
 /// Weights this large in half of the blocks are no model's: their global scale was taken for its reciprocal.
@@ -176,7 +181,11 @@ fn block_scales(subject: &Subject, findings: &mut Findings) {
 /// Max calibration gives the largest block the scale 448; far less means that the global scale belongs to
 /// other weights, or that the largest weights read inputs which hardly matter and were clipped.
 fn range(subject: &Subject, findings: &mut Findings) {
-    for group in subject.linears.chunk_by(|a, b| a.group == b.group) {
+    // Linears that read one input share a scale where distq chose it; other programs may share it among those alone that
+    // engines merge.
+    for group in
+        subject.linears.chunk_by(|a, b| a.fused == b.fused || a.group == b.group && scales(a) == scales(b))
+    {
         let largest = group.iter().map(|scan| scan.content.largest_scale).max().unwrap_or(0);
         let all_zero = group.iter().all(|scan| scan.content.zero_codes == scan.content.elements);
         if largest >= 0x7F || all_zero {
@@ -194,8 +203,7 @@ fn range(subject: &Subject, findings: &mut Findings) {
 /// Engines merge fused linears into one matrix with one global scale, and take the larger of two without
 /// touching the block scales.
 fn shared(subject: &Subject, findings: &mut Findings) {
-    for group in subject.linears.chunk_by(|a, b| a.group == b.group) {
-        let scales = |scan: &LinearScan| (scan.weight_global.to_bits(), scan.input_global.map(f32::to_bits));
+    for group in subject.linears.chunk_by(|a, b| a.fused == b.fused) {
         if let Some(odd) = group.iter().find(|scan| scales(scan) != scales(&group[0])) {
             findings.error(format!("{} and {} have different global scales", group[0].module, odd.module));
         }

@@ -2,11 +2,12 @@
 
 use rayon::prelude::*;
 
-use super::folds::holds_factor;
+use super::folds::{has_factor, holds_factor, norm_factors};
 use super::same_config;
 use super::scales::has_linears;
+use crate::backend::Gamma;
 use crate::checkpoint::{Checkpoint, LinearScheme, SourceTensor, widen};
-use crate::model::{Model, is_dispensable};
+use crate::model::{Layer, Model, Producer, Site, TensorSpec, is_dispensable};
 use crate::verify::scan::WORTH_A_LOOK;
 use crate::verify::subject::Subject;
 use crate::verify::{Concerns, Findings, Rule, any};
@@ -90,14 +91,38 @@ fn copied(subject: &Subject, there: &SourceTensor) -> bool {
 fn explained(subject: &Subject, there: &SourceTensor) -> bool {
     let Ok(model) = &subject.model else { return false };
     let layer = model.layer_of(&there.name).and_then(|layer| model.layers.get(layer));
-    if !subject.folds() || !layer.is_some_and(|layer| layer.changed_by_folds().contains(&there.name)) {
+    let Some(layer) = layer.filter(|_| subject.folds()) else { return false };
+    let may_change =
+        |site: &Site| layer.changed_by_fold(site).contains(&there.name) && is_folded(subject, layer, site);
+    if !layer.sites.iter().any(may_change) {
         return false;
     }
     let Some(here) = subject.map(&there.name) else { return false };
     let here = SourceTensor::from_bytes(&there.name, there.dtype, &there.shape, &here);
     let here = here.and_then(|here| widen(&here));
     let (Ok(here), Ok(values)) = (here, widen(there)) else { return false };
-    here.len() == values.len() && here.iter().zip(&values).all(|(h, t)| holds_factor(there.dtype, *h, *t))
+    let mut pairs = here.iter().zip(&values);
+    let is_it = |spec: &Option<TensorSpec>| spec.as_ref().is_some_and(|spec| spec.name == there.name);
+    let same_length = here.len() == values.len();
+    if let Some(norm) = layer.norms.iter().find(|norm| is_it(&norm.bias)) {
+        let factors = norm_factors(subject, norm).unwrap_or_else(|| vec![1.0; here.len()]);
+        let holds = |((h, t), f): ((&f32, &f32), &f32)| has_factor(there.dtype, *h, *t, *f);
+        return same_length && pairs.zip(&factors).all(holds);
+    }
+    let norm = layer.norms.iter().find(|norm| is_it(&norm.weight));
+    let gamma = norm.map_or(Gamma::Weight, |norm| norm.kind.gamma);
+    same_length && pairs.all(|(h, t)| holds_factor(there.dtype, gamma, *h, *t))
+}
+
+/// Whether a factor of a site's input can have been folded: all that reads it is quantized, and so are the rows that
+/// produce it.
+fn is_folded(subject: &Subject, layer: &Layer, site: &Site) -> bool {
+    let producer = match &site.producer {
+        Producer::Rows(rows) => Some(rows.linear),
+        Producer::Norm(_) | Producer::Fixed => None,
+    };
+    let mut rewritten = site.members.iter().copied().chain(producer);
+    rewritten.all(|number| subject.schemes.of_module(&layer.linears[number].name) != LinearScheme::Plain)
 }
 
 /// The relative error up to which any weights are close to the source. NVFP4 loses about 9.5 % of a Gaussian weight's
@@ -122,6 +147,13 @@ fn close(subject: &Subject, findings: &mut Findings) {
             findings.error(text);
         } else if relative > WORTH_A_LOOK.max(CLOSE_TO_MAX * max) {
             findings.warn(format!("{}: relative error {relative:.3}", scan.module));
+        }
+        if let Some((channel, factor)) = scan.unbalanced {
+            findings.error(format!(
+                "{}: the weights that read input channel {channel} are {factor:.3} times what the norm or the rows that \
+                 produce it make up for",
+                scan.module
+            ));
         }
     }
 }

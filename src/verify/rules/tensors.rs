@@ -6,7 +6,7 @@ use safetensors::Dtype;
 use serde_json::Value;
 
 use crate::checkpoint::{Layout, LinearScheme};
-use crate::model::{Layer, LinearSpec, Model, TensorSpec};
+use crate::model::{Layer, LinearSpec, Mixer, Model, TensorSpec};
 use crate::nvfp4::BLOCK;
 use crate::verify::subject::Subject;
 use crate::verify::{Concerns, Findings, Rule, any};
@@ -206,13 +206,9 @@ fn shapes(subject: &Subject, findings: &mut Findings) {
                 .error(format!("{}: {} input features are not a multiple of 16", linear.name, linear.cols));
         }
     }
-    // Row-parallel linears are cut along their inputs; kernels want whole blocks of 32 on every GPU.
-    let single = |layer: &Layer| {
-        let alone: Vec<LinearSpec> =
-            layer.groups().into_iter().filter(|of| of.members.len() == 1).flat_map(|of| of.members).collect();
-        alone
-    };
-    for linear in model.layers.first().map(single).unwrap_or_default() {
+    // The outputs of attention and MLP are cut along their inputs; kernels want whole blocks of 32 on every GPU.
+    let mut seen = BTreeSet::new();
+    for linear in model.layers.iter().flat_map(outputs).filter(|linear| seen.insert(linear.cols)) {
         let odd: Vec<usize> = [2, 4, 8].into_iter().filter(|tp| linear.cols % (tp * 32) != 0).collect();
         if !odd.is_empty() && subject.schemes.of_module(&linear.name) != LinearScheme::Plain {
             findings.warn(format!(
@@ -221,6 +217,15 @@ fn shapes(subject: &Subject, findings: &mut Findings) {
             ));
         }
     }
+}
+
+/// The linears that write to the residual stream.
+fn outputs(layer: &Layer) -> impl Iterator<Item = &LinearSpec> {
+    let mixers = layer.blocks.iter().flat_map(|block| &block.mixers);
+    mixers.map(|mixer| match mixer {
+        Mixer::Attention(attention) => &layer.linears[attention.output],
+        Mixer::Mlp(mlp) => &layer.linears[mlp.output],
+    })
 }
 
 /// Tensors that are never quantized.
