@@ -19,7 +19,7 @@ NP    ?= 3
 # Documents that the demo calibrates with; distq's own default is 256.
 SAMPLES ?= 64
 
-.PHONY: all setup build fixtures fixtures-gemma3 nvrtc demo test gpu-test slurm-test mpi-test fault-test fuzz check bench third-party clean
+.PHONY: all setup build fixtures fixtures-gemma3 nvrtc demo test gpu-test slurm-test mpi-test fault-test load-outputs fuzz check bench third-party clean
 
 all: build
 
@@ -83,6 +83,23 @@ mpi-test: setup fixtures
 # Ranks killed at random moments, and resumed.
 fault-test: build fixtures
 	python3 bench/faults.py
+
+# Outputs of every family, each loaded by stock Transformers: TORCH_PYTHON has torch, transformers and compressed-tensors.
+TORCH_PYTHON ?= python3
+LOADED       := $(CACHE)/load-outputs
+load-outputs: build
+	@mkdir -p $(LOADED)
+	@python3 -c "import json, random; \
+	    [print(json.dumps({'input_ids': random.Random(n).choices(range(64), k=128)})) for n in range(32)]" \
+	    > $(LOADED)/calib.jsonl
+	@set -e; failed=0; for run in max-nvfp4 max-nvfp4a16 best-nvfp4 best-nvfp4a16; do \
+	    mkdir -p $(LOADED)/$$run; for model in tests/fixtures/dense/*; do \
+	        $(DISTQ) quantize $$model $(LOADED)/$$run/$${model##*/} --method $${run%-*} --scheme $${run#*-} \
+	            --calib $(LOADED)/calib.jsonl --calib-min-tokens 1 --overwrite --quiet; \
+	    done; \
+	    echo $$run; \
+	    $(TORCH_PYTHON) tests/fixtures/load_outputs.py $(LOADED)/$$run tests/fixtures/dense || failed=1; \
+	done; exit $$failed
 
 # Mutated input for every parser: N cases from SEED on, or the one CASE again.
 N    ?= 20000
