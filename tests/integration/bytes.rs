@@ -56,7 +56,7 @@ fn digest(model: &Path, calib: &Path, method: &str, layout: &str) -> String {
 }
 
 /// A copy of a fixture without what Transformers computed, and documents for it.
-fn scene(fixture: &Path) -> (tempfile::TempDir, PathBuf, PathBuf) {
+pub fn scene(fixture: &Path) -> (tempfile::TempDir, PathBuf, PathBuf) {
     let dir = tempfile::tempdir().unwrap();
     let (model, calib) = (dir.path().join("model"), dir.path().join("calib.jsonl"));
     fs::create_dir(&model).unwrap();

@@ -2,6 +2,7 @@
 
 mod bad_input;
 mod bytes;
+mod dense;
 mod eval;
 mod extremes;
 mod families;
