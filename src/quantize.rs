@@ -1,4 +1,4 @@
-//! The whole job: survey, calibration data, output, stages, proof, publication.
+//! The whole of `distq quantize`: survey, calibration data, output files, the walk, verification, publication.
 
 use std::collections::HashMap;
 use std::ops::Range;
@@ -6,22 +6,54 @@ use std::path::Path;
 use std::time::Instant;
 
 use crate::backend::{Device, OnBackend, Solver};
-use crate::calibration::{Calibration, Sampling};
-use crate::checkpoint::{OutputDir, OutputFiles, copy_side_files, quantization_files, write_digests};
-use crate::cluster::Cluster;
+use crate::calibration::{Calibration, Sampling, Summary};
+use crate::checkpoint::{
+    OutputDir, OutputFiles, Placement, copy_side_files, quantization_files, write_digests,
+};
+use crate::cluster::{Cluster, Machine};
 use crate::error::{Error, Result};
-use crate::finish::{Outbox, Prover, Root};
-use crate::job::{Inventory, Job, Options, Placed, Survey, place, survey};
+use crate::finish::{Outbox, Prover, RootInbox};
+use crate::job::{Inventory, Job, Options, Placed, RootOutput, Survey, place, survey};
 use crate::model::Model;
 use crate::planner::{Mode, Plan};
 use crate::progress::{Phases, Progress, Timeline};
 use crate::record::{Fingerprint, PartRecord};
 use crate::report::{self, RankReport, RunReport};
-use crate::schedule::{Kept, Route, Routes, Station, routes};
+use crate::schedule::{Kept, Route, Routes, StageFiles, routes};
 use crate::states::{self, States};
 use crate::threads;
 use crate::verify::Proof;
 use crate::walk::Stage;
+
+/// What a rank knows and has opened before the first layer.
+struct Prepared {
+    job: Job,
+    machine: Machine,
+    device: Device,
+    plan: Plan,
+    /// The places of all output tensors.
+    placement: Placement,
+    /// The output's files, where this rank sees them.
+    files: Option<OutputFiles>,
+    /// The output's directory and the journal, on rank 0.
+    root: Option<RootOutput>,
+    /// The directory for hidden states, where there is one.
+    states: Option<States>,
+    /// By stage.
+    routes: Vec<Routes>,
+    /// What was read of the calibration data.
+    summary: Summary,
+}
+
+/// What rank 0 has of the output besides its files.
+struct Output<'a> {
+    dir: OutputDir,
+    inbox: RootInbox<'a>,
+    /// Names of the files that were made beside the weights, config.json among them.
+    made: Vec<String>,
+    /// Names of the files that were copied from the source.
+    side_files: Vec<String>,
+}
 
 /// Runs the job on this rank.
 ///
@@ -30,15 +62,68 @@ use crate::walk::Stage;
 pub fn quantize(cluster: &Cluster, options: &Options) -> Result<()> {
     let started = Instant::now();
     cluster.can_be_resumed();
-    // First of all: nobody wants to learn after an hour that the output can't be where it should.
-    let mut dir = None;
-    cluster.from_root(|| {
-        let checked = OutputDir::check(&options.plan.model, &options.out, options.existing)?;
-        options.reports.iter().try_for_each(|path| report::try_place(path, &checked.out))?;
-        dir = Some(checked);
-        Ok(())
+    let mut ready = prepare(cluster, options)?;
+    let prepared = started.elapsed().as_secs_f64();
+    let root = ready.root.take();
+    let Prepared { job, machine, device, plan, placement, files, states, routes, summary, .. } = &ready;
+    let mut output = begin_output(cluster, options, &ready, root)?;
+
+    // All ranks begin together, so that their timelines can be laid side by side.
+    cluster.barrier()?;
+    let timeline = Timeline::begin();
+    let position = plan.position(cluster.rank());
+    let stage = &plan.stages[position];
+    let phases = device.run(Walk {
+        cluster,
+        job,
+        slice: stage.layers.clone(),
+        mode: stage.mode,
+        group: stage.group,
+        routes: &routes[position],
+        states: states.as_ref(),
+        timeline: &timeline,
+        next: plan.stages.get(position + 1).map(|stage| stage.rank),
+        files: files.as_ref(),
+        inbox: output.as_mut().map(|output| &mut output.inbox),
     })?;
-    cluster.agree(options.plan.work_dir.as_deref().map_or(Ok(()), states::check))?;
+    if let Some(output) = &output {
+        output.inbox.progress.finish();
+    }
+    let walked = started.elapsed().as_secs_f64();
+
+    sync(cluster, files.as_ref())?;
+    let mapped = job.checkpoint.bytes_mapped();
+    let rank = RankReport::new(cluster, machine, device, phases, mapped, timeline.finish());
+    let ranks = cluster.gather(&rank)?;
+    let library = cluster.library();
+    cluster.from_root(|| {
+        let Output { dir, inbox, made, side_files } = output.expect("rank 0 has the output");
+        let records = in_model_order(inbox.records);
+        let others = [made, side_files.clone()].concat();
+        write_digests(&dir.partial, placement, &digests_of(&records, &job.inventory), &others)?;
+        let proof = prove(&dir, job, inbox.prover, files.as_ref())?;
+        let verified = started.elapsed().as_secs_f64();
+        let mut report =
+            RunReport::new(options, library, plan.clone(), ranks.unwrap_or_default(), records, proof);
+        report.calibration = options.plan.calibrates().then(|| summary.clone());
+        report.source_bytes = job.checkpoint.total_bytes();
+        report.output_bytes = placement.total_bytes();
+        report.side_files = side_files;
+        report.left_behind = job.checkpoint.left_behind();
+        report.seconds.prepare = prepared;
+        report.seconds.walk = walked - prepared;
+        report.seconds.prove = verified - walked;
+        finish(options, report, &dir, started)
+    })?;
+    if let Some(Err(error)) = states.as_ref().map(States::clear) {
+        tracing::warn!("{error}");
+    }
+    Ok(())
+}
+
+/// All that comes before the first layer: the model, the calibration data, the plan, and the output's files.
+fn prepare(cluster: &Cluster, options: &Options) -> Result<Prepared> {
+    let dir = check_places(cluster, options)?;
     let mut calibration = Calibration::default();
     let surveyed = survey(cluster, &options.plan, |model| {
         calibration = calibrate(cluster, options, model)?;
@@ -49,7 +134,7 @@ pub fn quantize(cluster: &Cluster, options: &Options) -> Result<()> {
         place(cluster, dir, options, &surveyed.inventory, calibration.lengths.len(), &fingerprint)?;
     if cluster.is_root() && !options.quiet {
         surveyed.notes.iter().for_each(|note| tracing::warn!("{note}"));
-        tell(&surveyed.plan);
+        print(&surveyed.plan);
         calibration.summary.warnings.iter().for_each(|warning| tracing::warn!("{warning}"));
     }
     let Survey { checkpoint, model, inventory, machine, device, micro_batches, plan, .. } = surveyed;
@@ -68,98 +153,88 @@ pub fn quantize(cluster: &Cluster, options: &Options) -> Result<()> {
         observed: observed.into_iter().map(|observed| (observed.layer, observed)).collect(),
         calibrates: options.plan.calibrates(),
     };
-    let (states, routes) = find_ways(cluster, &job, &plan, options.plan.work_dir.as_deref(), &run)?;
-    let prepared = started.elapsed().as_secs_f64();
+    let (states, routes) = plan_routes(cluster, &job, &plan, options.plan.work_dir.as_deref(), &run)?;
+    let summary = calibration.summary;
+    Ok(Prepared { job, machine, device, plan, placement, files, root, states, routes, summary })
+}
 
-    // The descriptions are known before the weights, and the proof reads them.
-    let mut described = vec![];
-    let mut side_files = vec![];
+/// Checks that the output, the reports and hidden states can be written where they should be, before anything that takes
+/// long. Rank 0 gets the output's directory.
+fn check_places(cluster: &Cluster, options: &Options) -> Result<Option<OutputDir>> {
+    let mut dir = None;
+    cluster.from_root(|| {
+        let checked = OutputDir::check(&options.plan.model, &options.out, options.existing)?;
+        options.reports.iter().try_for_each(|path| report::try_place(path, &checked.out))?;
+        dir = Some(checked);
+        Ok(())
+    })?;
+    cluster.agree(options.plan.work_dir.as_deref().map_or(Ok(()), states::check))?;
+    Ok(dir)
+}
+
+/// On rank 0, writes the files beside the weights, which are known before the weights and which the proof reads, and
+/// prepares to handle the messages of other ranks. Where rank 0 computes on a GPU, its CPU verifies finished layers
+/// meanwhile.
+fn begin_output<'a>(
+    cluster: &Cluster,
+    options: &Options,
+    ready: &'a Prepared,
+    root: Option<RootOutput>,
+) -> Result<Option<Output<'a>>> {
+    let Prepared { job, device, plan, placement, routes, .. } = ready;
+    let mut described = (vec![], vec![]);
     let mut prover = None;
     let local_ranks = cluster.local_ranks().iter().copied().collect();
     cluster.from_root(|| {
         let partial = &root.as_ref().expect("rank 0 has the output").dir.partial;
-        (described, side_files) = write_description(&job, options, partial, placement.index.as_ref())?;
+        described = write_description(job, options, partial, placement.index.as_ref())?;
         if matches!(device, Device::Cuda(_)) {
             prover = Some(Prover::start(Proof::begin(partial, Some(&job.checkpoint.dir))?, local_ranks)?);
         }
         Ok(())
     })?;
-    let mut ear = root.map(|root| {
+    let (made, side_files) = described;
+    Ok(root.map(|RootOutput { dir, journal, records }| {
         let steps = routes.iter().map(Routes::passes).sum::<usize>() as u64;
-        let progress = Progress::new(steps, &plan, options.quiet);
-        let files = files.as_ref().expect("rank 0 sees its own output");
-        (root.dir, Root { files, journal: root.journal, progress, records: root.records, prover })
-    });
-    let stage = plan.stage(cluster.rank());
-    let next = plan.stages.get(plan.position(cluster.rank()) + 1).map(|stage| stage.rank);
-    // All ranks begin together, so that their timelines can be laid side by side.
-    cluster.barrier()?;
-    let timeline = Timeline::begin();
-    let phases = device.run(Walk {
-        cluster,
-        job: &job,
-        slice: stage.layers.clone(),
-        mode: stage.mode,
-        group: stage.group,
-        routes: &routes[plan.position(cluster.rank())],
-        states: states.as_ref(),
-        timeline: &timeline,
-        next,
-        files: files.as_ref(),
-        root: ear.as_mut().map(|(_, root)| root),
-    })?;
-    if let Some((_, root)) = &ear {
-        root.progress.finish();
-    }
-    let walked = started.elapsed().as_secs_f64();
+        let progress = Progress::new(steps, plan, options.quiet);
+        let files = ready.files.as_ref().expect("rank 0 sees its own output");
+        Output { dir, inbox: RootInbox { files, journal, progress, records, prover }, made, side_files }
+    }))
+}
 
-    // Rank 0 reads what others wrote only when it has left their hosts. Its own it can read back at once; they reach
-    // the disk while it does, or at the latest when the directory is published.
+/// Waits until what ranks other than 0 wrote is on the disk: before that, rank 0 may not see it. Its own files it can
+/// read back at once; they are synced while it does.
+fn sync(cluster: &Cluster, files: Option<&OutputFiles>) -> Result<()> {
     let is_root = cluster.is_root();
-    let synced = cluster.attend(|| match &files {
+    let synced = cluster.attend(|| match files {
         Some(files) if !is_root => files.sync(),
         _ => Ok(()),
     });
-    cluster.agree(synced)?;
-    let rank =
-        RankReport::new(cluster, &machine, &device, phases, job.checkpoint.bytes_mapped(), timeline.finish());
-    let ranks = cluster.gather(&rank)?;
-    let library = cluster.library();
-    cluster.from_root(|| {
-        let (dir, root) = ear.expect("rank 0 has the output");
-        let records = in_model_order(root.records);
-        let others = [described, side_files.clone()].concat();
-        write_digests(&dir.partial, &placement, &digests_of(&records, &job.inventory), &others)?;
-        let proof = match root.prover {
-            Some(prover) => prover.end(),
-            None => Proof::begin(&dir.partial, Some(&job.checkpoint.dir))?,
-        };
-        let proof = std::thread::scope(|scope| {
-            let sync = |files| threads::scoped(scope, "sync", move || OutputFiles::sync(files));
-            let syncing = files.as_ref().map(sync).transpose()?;
-            let proof = proof.finish();
-            syncing.map_or(Ok(()), |syncing| threads::value(syncing.join())).and(proof)
-        })?;
-        let verified = started.elapsed().as_secs_f64();
-        let mut report = RunReport::new(options, library, plan, ranks.unwrap_or_default(), records, proof);
-        report.calibration = options.plan.calibrates().then_some(calibration.summary);
-        report.source_bytes = job.checkpoint.total_bytes();
-        report.output_bytes = placement.total_bytes();
-        report.side_files = side_files;
-        report.left_behind = job.checkpoint.left_behind();
-        report.seconds.prepare = prepared;
-        report.seconds.walk = walked - prepared;
-        report.seconds.prove = verified - walked;
-        finish(options, report, &dir, started)
-    })?;
-    if let Some(Err(error)) = states.map(|states| states.clear()) {
-        tracing::warn!("{error}");
-    }
-    Ok(())
+    cluster.agree(synced)
 }
 
-/// What this rank keeps and has kept of hidden states, and every stage's routes.
-fn find_ways(
+/// Verifies the output, going on with what `prover` has verified already, while the files reach the disk.
+fn prove(
+    dir: &OutputDir,
+    job: &Job,
+    prover: Option<Prover>,
+    files: Option<&OutputFiles>,
+) -> Result<crate::verify::Report> {
+    let proof = match prover {
+        Some(prover) => prover.end(),
+        None => Proof::begin(&dir.partial, Some(&job.checkpoint.dir))?,
+    };
+    std::thread::scope(|scope| {
+        let sync = |files| threads::scoped(scope, "sync", move || OutputFiles::sync(files));
+        let syncing = files.map(sync).transpose()?;
+        let proof = proof.finish();
+        syncing.map_or(Ok(()), |syncing| threads::value(syncing.join())).and(proof)
+    })
+}
+
+/// Opens the directory for hidden states, where there is one, and finds the routes of every stage, given the hidden
+/// states that an earlier process kept.
+fn plan_routes(
     cluster: &Cluster,
     job: &Job,
     plan: &Plan,
@@ -171,12 +246,15 @@ fn find_ways(
     let states = cluster.agree(dir.map(open).transpose())?;
     let found = cluster.agree(states.as_ref().map_or(Ok(vec![]), |states| states.find(&slice)))?;
     let mut found = cluster.all_gather(&found)?;
-    let stations: Vec<Station> = (plan.stages.iter())
-        .map(|stage| Station { layers: stage.layers.clone(), kept: std::mem::take(&mut found[stage.rank]) })
+    let stages: Vec<StageFiles> = (plan.stages.iter())
+        .map(|stage| StageFiles {
+            layers: stage.layers.clone(),
+            kept: std::mem::take(&mut found[stage.rank]),
+        })
         .collect();
     let documents: Vec<Range<usize>> = job.micro_batches.iter().map(|mb| mb.samples.clone()).collect();
     let needs = |layer: usize, micro_batch: usize| job.needs(layer, micro_batch);
-    let routes = routes(&stations, &documents, &needs, job.method.needs_statistics());
+    let routes = routes(&stages, &documents, &needs, job.method.needs_statistics());
     let mine = &routes[plan.position(cluster.rank())];
     let wanted = |kept: &Kept| {
         let used = |(route, documents): (&Option<Route>, &Range<usize>)| {
@@ -188,11 +266,11 @@ fn find_ways(
     Ok((states, routes))
 }
 
-/// Publishes what has been proven, and says how it went.
+/// Publishes the output if it has passed verification, and writes and prints the report.
 fn finish(options: &Options, mut report: RunReport, dir: &OutputDir, started: Instant) -> Result<()> {
     let proof = &report.verification;
     if !proof.passed() {
-        tell(proof);
+        print(proof);
         return Err(Error::verify(format!("verification failed: {}", proof.failed_rules().join(", ")))
             .file(&dir.partial)
             .fix("report this with the table above: the output was not published"));
@@ -203,13 +281,13 @@ fn finish(options: &Options, mut report: RunReport, dir: &OutputDir, started: In
         report.write(path)?;
     }
     if !options.quiet {
-        tell(&report);
+        print(&report);
     }
     Ok(())
 }
 
-/// Prints something. The output is worth more than what is said of it, so a place that takes no text is only a warning.
-fn tell(what: &impl std::fmt::Display) {
+/// Prints a result. Where standard output can't be written to, that is a warning: the output itself is not affected.
+fn print(what: &impl std::fmt::Display) {
     if let Err(error) = report::print(what) {
         tracing::warn!("{error}");
     }
@@ -284,7 +362,7 @@ fn write_description(
     Ok((made, carried))
 }
 
-/// One rank's part of the walk: a worker computes, the main thread moves messages.
+/// One rank's part of the walk: a worker thread computes, and the main thread sends and receives messages.
 struct Walk<'a, 'r> {
     cluster: &'a Cluster,
     job: &'a Job,
@@ -296,22 +374,23 @@ struct Walk<'a, 'r> {
     timeline: &'r Timeline,
     next: Option<usize>,
     files: Option<&'a OutputFiles>,
-    root: Option<&'r mut Root<'a>>,
+    inbox: Option<&'r mut RootInbox<'a>>,
 }
 
 impl OnBackend for Walk<'_, '_> {
     type Output = Result<Phases>;
 
     fn run<B: Solver>(self, backend: &B) -> Result<Phases> {
-        let Walk { cluster, job, slice, mode, group, routes, states, timeline, next, files, mut root } = self;
+        let Walk { cluster, job, slice, mode, group, routes, states, timeline, next, files, mut inbox } =
+            self;
         cluster.work(
             |to_main, incoming| {
                 let outbox = Outbox::new(to_main, next);
                 Stage { backend, job, slice, mode, group, routes, states, timeline, incoming, outbox }
                     .run(files)
             },
-            |peer, frame| match &mut root {
-                Some(root) => root.take(peer, frame),
+            |peer, frame| match &mut inbox {
+                Some(inbox) => inbox.handle(peer, frame),
                 None => Err(Error::run(format!("rank {peer} sent a message that is not for this rank"))),
             },
         )

@@ -1,97 +1,99 @@
-//! From a layer's weights and input maxima to its bytes at their places in the output.
+//! Quantizes the parts of a rank and hands their tensors to the thread that places them.
 
 use std::collections::HashMap;
 use std::sync::Arc;
 use std::time::Instant;
 
 use crossbeam_channel::{Receiver, Sender, bounded};
-use safetensors::Dtype;
 
+use super::folding::{Stored, rewritten};
 use super::health::{healthy_input, healthy_weight};
 use super::messages::Outbox;
 use super::placer::{Placer, ToPlace};
 use crate::backend::Solver;
-use crate::checkpoint::{OutputFiles, narrow, stored, widen};
+use crate::checkpoint::OutputFiles;
 use crate::error::{Error, Result};
 use crate::forward::LayerWeights;
 use crate::job::Job;
-use crate::methods::layer::{Folds, Layer, QuantizedGroup};
+use crate::methods::layer::{Layer, QuantizedGroup};
 use crate::methods::{SiteStatistics, quantize_linear, weight_amax};
-use crate::model::Norm;
 use crate::nvfp4::{BLOCK, GlobalScale, QuantizedLinear};
 use crate::progress::{Phases, Timeline, Work};
 use crate::record::{Chosen, GroupRecord, PartId};
 use crate::threads;
 
-/// What a rank's parts are made of, as it becomes known.
-pub enum Finished<B: Solver> {
-    /// A part that has nothing to quantize.
-    Copied(PartId),
-    /// A layer whose codes depend on its weights alone, which may come before the rest.
-    Max {
-        /// Which one.
+/// A part of the model for the finisher, or what has become known of it.
+pub enum ToFinish<B: Solver> {
+    /// A part without a linear that is quantized: its tensors are copied.
+    Unquantized(PartId),
+    /// A layer that is quantized with max scales. Its codes depend on its weights alone, so the weights may be handed
+    /// over before the maxima of its inputs are known, and the maxima later.
+    MaxScales {
+        /// Which layer.
         layer: usize,
-        /// Its weights, unless they came before.
-        weights: Option<Lent<B>>,
-        /// What is known of its inputs.
-        inputs: Inputs,
+        /// Its weights; none where an earlier message had them.
+        weights: Option<FinisherWeights<B>>,
+        /// The maxima of its inputs.
+        inputs: InputMaxima,
     },
-    /// A layer whose codes depend on its inputs.
-    Chosen {
-        /// Which one.
+    /// A layer whose codes depend on the statistics of its inputs.
+    WithStatistics {
+        /// Which layer.
         layer: usize,
-        /// What is known of its inputs, by site.
+        /// The statistics, by site.
         statistics: Vec<SiteStatistics<B::Matrix>>,
         /// Its weights.
-        weights: Lent<B>,
+        weights: FinisherWeights<B>,
     },
 }
 
-/// A layer's weights in the finisher's hands.
-pub struct Lent<B: Solver> {
+/// A layer's weights as the finisher holds them, and a signal to the walk, if it waits for one, that the finisher holds
+/// them no longer.
+pub struct FinisherWeights<B: Solver> {
     weights: Arc<LayerWeights<B::Tensor>>,
-    /// Ends with them, where the walk waits for that.
-    until: Option<Sender<()>>,
+    /// Nothing is sent through this channel. It disconnects when this value is dropped.
+    release: Option<Sender<()>>,
 }
 
-impl<B: Solver> Lent<B> {
-    /// For good, or for as long as it takes.
-    pub fn new(weights: Arc<LayerWeights<B::Tensor>>) -> Lent<B> {
-        Lent { weights, until: None }
+impl<B: Solver> FinisherWeights<B> {
+    /// Weights whose release nobody waits for.
+    pub fn new(weights: Arc<LayerWeights<B::Tensor>>) -> FinisherWeights<B> {
+        FinisherWeights { weights, release: None }
     }
 
-    /// The receiver hears nothing, and ends when they are given back.
-    pub fn awaited(weights: Arc<LayerWeights<B::Tensor>>) -> (Lent<B>, Receiver<()>) {
-        let (until, given_back) = bounded(0);
-        (Lent { weights, until: Some(until) }, given_back)
+    /// Weights whose release the walk waits for. The receiver never yields a value; receiving fails, and so returns,
+    /// when the finisher has dropped the weights.
+    pub fn with_release(weights: Arc<LayerWeights<B::Tensor>>) -> (FinisherWeights<B>, Receiver<()>) {
+        let (release, released) = bounded(0);
+        (FinisherWeights { weights, release: Some(release) }, released)
     }
 }
 
-/// What is known of the inputs of a layer whose codes do not depend on them.
-pub enum Inputs {
-    /// Their maxima are to come.
-    Unknown,
-    /// The scheme does not ask.
-    Unneeded,
+/// The maxima of the inputs of a layer that is quantized with max scales.
+pub enum InputMaxima {
+    /// Another message will have them.
+    NotYetKnown,
+    /// The scheme does not quantize inputs.
+    NotNeeded,
     /// `max |x|` by site.
-    Maxima(Vec<f32>),
+    Known(Vec<f32>),
 }
 
 /// Quantizes the parts that this rank owns.
-pub struct Finisher<'a, B: Solver> {
+struct Finisher<'a, B: Solver> {
     backend: &'a B,
     job: &'a Job,
     /// To the thread that places tensors.
     places: Sender<ToPlace>,
-    /// Memory of tensors that have been placed.
+    /// Buffers of tensors that have been placed, from that thread.
     placed: Receiver<Vec<u8>>,
-    /// Hears from that thread that all has been placed.
-    settled: Receiver<()>,
-    /// The same, by length: layers have tensors of the same lengths.
+    /// That thread's answers to [`ToPlace::Flush`].
+    flushed: Receiver<()>,
+    /// Buffers that can be used again, by length: layers have tensors of the same lengths.
     spare: HashMap<usize, Vec<Vec<u8>>>,
-    /// Where work is noted.
+    /// Where the times of quantizing are noted.
     timeline: &'a Timeline,
-    /// Layers that only their inputs' maxima are missing from.
+    /// Layers whose weights are quantized and placed, and whose input maxima are not known yet.
     quantized: HashMap<usize, Vec<GroupRecord>>,
     /// Seconds spent quantizing.
     seconds: f64,
@@ -108,51 +110,52 @@ pub fn finish<B: Solver>(
     files: Option<&OutputFiles>,
     outbox: &Outbox,
     timeline: &Timeline,
-    parts: impl IntoIterator<Item = Finished<B>>,
+    parts: impl IntoIterator<Item = ToFinish<B>>,
 ) -> Result<Phases> {
-    // A layer may wait for the disk, so that its weights do not.
+    // The tensors of a whole layer may wait for the disk, so that the finisher can release the layer's weights sooner.
     let waiting = job.inventory.layers.iter().map(|layer| layer.outputs.len()).max().unwrap_or(0);
     let (places, tensors) = bounded(waiting);
-    // Codes that are chosen have memory of their own.
+    // Methods with statistics allocate the memory of the codes that they choose, and have no use for old buffers.
     let (spare, placed) = bounded(if job.method.needs_statistics() { 0 } else { waiting });
-    let (settling, settled) = bounded(1);
+    let (flush_done, flushed) = bounded(1);
     std::thread::scope(|scope| {
-        let placer = Placer { job, files, outbox: outbox.clone(), spare, settled: settling };
-        let placing = threads::scoped(scope, "place", move || outbox.told(placer.run(&tensors)))?;
+        let placer = Placer { job, files, outbox: outbox.clone(), spare, flushed: flush_done };
+        let placing = threads::scoped(scope, "place", move || outbox.report_failure(placer.run(&tensors)))?;
         let (spare, quantized) = (HashMap::new(), HashMap::new());
         let mut finisher =
-            Finisher { backend, job, places, placed, settled, spare, timeline, quantized, seconds: 0.0 };
-        let finished = outbox.told(finisher.run(parts));
+            Finisher { backend, job, places, placed, flushed, spare, timeline, quantized, seconds: 0.0 };
+        let finished = outbox.report_failure(finisher.run(parts));
         let quantize = finisher.seconds;
+        // Closes the channel to the placing thread, which ends when it has placed what is still in it.
         drop(finisher);
         let placed = threads::value(placing.join());
-        // Where placing failed, the finisher only noticed that nobody takes tensors any more.
+        // Where placing failed, the finisher's own error only says that the channel is closed: the placer's goes first.
         let write = placed?;
         finished.map(|()| Phases { quantize, write, ..Phases::default() })
     })
 }
 
 impl<B: Solver> Finisher<'_, B> {
-    fn run(&mut self, parts: impl IntoIterator<Item = Finished<B>>) -> Result<()> {
+    fn run(&mut self, parts: impl IntoIterator<Item = ToFinish<B>>) -> Result<()> {
         for part in parts {
             let started = self.timeline.now();
             match part {
-                Finished::Copied(part) => self.copied(part)?,
-                Finished::Max { layer, weights, inputs } => {
-                    if let Some(lent) = weights {
-                        let groups = self.max(layer, &lent.weights)?;
+                ToFinish::Unquantized(part) => self.unquantized(part)?,
+                ToFinish::MaxScales { layer, weights, inputs } => {
+                    if let Some(held) = weights {
+                        let groups = self.max_scales(layer, &held.weights)?;
                         self.quantized.insert(layer, groups);
                         self.timeline.note(Work::Quantize, layer, 0, started, self.timeline.now());
-                        let awaited = lent.until.is_some();
-                        drop(lent);
-                        if awaited {
-                            self.settle()?;
+                        let walk_waits = held.release.is_some();
+                        drop(held);
+                        if walk_waits {
+                            self.flush()?;
                         }
                     }
-                    self.scaled(layer, inputs)?;
+                    self.input_scales(layer, inputs)?;
                 }
-                Finished::Chosen { layer, statistics, weights: lent } => {
-                    self.chosen(layer, &lent.weights, statistics)?;
+                ToFinish::WithStatistics { layer, statistics, weights: held } => {
+                    self.with_statistics(layer, &held.weights, statistics)?;
                     self.timeline.note(Work::Quantize, layer, 0, started, self.timeline.now());
                 }
             }
@@ -160,8 +163,8 @@ impl<B: Solver> Finisher<'_, B> {
         Ok(())
     }
 
-    /// Carries over a part that has nothing to quantize.
-    fn copied(&mut self, part: PartId) -> Result<()> {
+    /// Copies the tensors of a part without quantized linears.
+    fn unquantized(&mut self, part: PartId) -> Result<()> {
         if self.job.is_finished(part) {
             return Ok(());
         }
@@ -169,11 +172,11 @@ impl<B: Solver> Finisher<'_, B> {
         self.place(ToPlace::Part(part, vec![]))
     }
 
-    /// Quantizes a layer with max scales, and places all of it but the scales of its inputs.
+    /// Quantizes a layer with max scales and places all its tensors except the scales of its inputs.
     ///
     /// # Errors
     /// Exit code 5, naming the tensor, where a maximum is zero, NaN or infinite.
-    fn max(&mut self, layer: usize, weights: &LayerWeights<B::Tensor>) -> Result<Vec<GroupRecord>> {
+    fn max_scales(&mut self, layer: usize, weights: &LayerWeights<B::Tensor>) -> Result<Vec<GroupRecord>> {
         self.copy(PartId::Layer(layer), &HashMap::new())?;
         let mut groups = Vec::new();
         for group in &self.job.inventory.layers[layer].quantized {
@@ -204,17 +207,17 @@ impl<B: Solver> Finisher<'_, B> {
         Ok(groups)
     }
 
-    /// Places the scales of a quantized layer's inputs, which is all that is missing from it, once they are known.
+    /// Places the scales of a layer's inputs once the maxima are known. With them the layer is complete.
     ///
     /// # Errors
     /// Exit code 5, naming the tensor, where a maximum is zero, NaN or infinite.
-    fn scaled(&mut self, layer: usize, inputs: Inputs) -> Result<()> {
+    fn input_scales(&mut self, layer: usize, inputs: InputMaxima) -> Result<()> {
         let maxima = match inputs {
-            Inputs::Unknown => return Ok(()),
-            Inputs::Unneeded => None,
-            Inputs::Maxima(maxima) => Some(maxima),
+            InputMaxima::NotYetKnown => return Ok(()),
+            InputMaxima::NotNeeded => None,
+            InputMaxima::Known(maxima) => Some(maxima),
         };
-        let mut groups = self.quantized.remove(&layer).expect("weights do not come after maxima");
+        let mut groups = self.quantized.remove(&layer).expect("a layer's weights come before its maxima");
         for (group, spec) in groups.iter_mut().zip(&self.job.inventory.layers[layer].quantized) {
             group.input_amax = maxima.as_ref().map(|by_site| by_site[spec.site]);
             if let Some(amax) = group.input_amax {
@@ -227,27 +230,18 @@ impl<B: Solver> Finisher<'_, B> {
         self.place(ToPlace::Part(PartId::Layer(layer), groups))
     }
 
-    /// Quantizes and places a layer by what its statistics say.
+    /// Quantizes and places a layer whose codes depend on its statistics.
     ///
     /// # Errors
     /// Exit code 5, naming the tensor, where a maximum is zero, NaN or infinite.
-    fn chosen(
+    fn with_statistics(
         &mut self,
         layer: usize,
         weights: &LayerWeights<B::Tensor>,
         mut statistics: Vec<SiteStatistics<B::Matrix>>,
     ) -> Result<()> {
-        let (part, job, started) = (PartId::Layer(layer), self.job, Instant::now());
-        let quantized = &job.inventory.layers[layer].quantized;
-        for group in quantized {
-            let linears = group.numbers.iter().map(|&number| &weights.linears[number]);
-            let maxima = weight_amax(self.backend, linears)?;
-            for (linear, amax) in group.members.iter().zip(maxima) {
-                healthy_weight(linear, amax)?;
-            }
-            let amax = crate::nvfp4::amax(&statistics[group.site].amax);
-            healthy_input(group, layer, amax, job.quantized_inputs)?;
-        }
+        let (part, job, mut started) = (PartId::Layer(layer), self.job, Instant::now());
+        self.check_health(layer, weights, &statistics)?;
         let stored = Stored::of(job, layer)?;
         let numbers = job.inventory.numbers(layer);
         let read = |site: usize| {
@@ -266,35 +260,60 @@ impl<B: Solver> Finisher<'_, B> {
             quantized_inputs: job.quantized_inputs,
         };
         let mut folds = described.folds(job.method, &statistics)?;
-        let (mut groups, mut started) = (Vec::new(), started);
+        let mut groups = Vec::new();
         described.quantize(job.method, &mut folds, &mut statistics, &mut |group| {
             self.seconds += started.elapsed().as_secs_f64();
-            let spec =
-                quantized.iter().find(|spec| spec.site == group.site).expect("only these were asked for");
-            if let Some(reason) = &group.fallback {
-                tracing::warn!("{}: {reason}", spec.members[0].name);
-            }
-            let input = job.quantized_inputs.then_some(group.input_amax);
-            let (mut maxima, mut verdicts) = (vec![], vec![]);
-            for (linear, member) in spec.members.iter().zip(group.members) {
-                healthy_weight(linear, member.amax)?;
-                self.linear(&linear.name, member.linear, group.global)?;
-                if let Some(amax) = input {
-                    self.input(&linear.name, group.headroom * amax)?;
-                }
-                maxima.push((linear.name.clone(), member.amax));
-                verdicts.push(member.verdict);
-            }
-            let QuantizedGroup { site, smoothing, headroom, damping, fallback, .. } = group;
-            let chosen = Some(Chosen { smoothing, headroom, damping, fallback, verdicts });
-            let site = job.model.layers[layer].sites[site].name.to_string();
-            groups.push(GroupRecord { site, input_amax: input, members: maxima, chosen });
+            groups.push(self.place_group(layer, group)?);
             started = Instant::now();
             Ok(())
         })?;
-        // Choosing codes may give up a fold, so norms and biases are known last.
+        // Norms and biases come last: while codes are chosen, a fold may still be given up.
         self.copy(part, &rewritten(job, layer, &folds)?)?;
         self.place(ToPlace::Part(part, groups))
+    }
+
+    /// Checks the maxima of a layer's weights and inputs before anything is computed from them.
+    fn check_health(
+        &self,
+        layer: usize,
+        weights: &LayerWeights<B::Tensor>,
+        statistics: &[SiteStatistics<B::Matrix>],
+    ) -> Result<()> {
+        for group in &self.job.inventory.layers[layer].quantized {
+            let linears = group.numbers.iter().map(|&number| &weights.linears[number]);
+            let maxima = weight_amax(self.backend, linears)?;
+            for (linear, amax) in group.members.iter().zip(maxima) {
+                healthy_weight(linear, amax)?;
+            }
+            let amax = crate::nvfp4::amax(&statistics[group.site].amax);
+            healthy_input(group, layer, amax, self.job.quantized_inputs)?;
+        }
+        Ok(())
+    }
+
+    /// Places the tensors of a group of fused linears whose codes have been chosen; returns its record.
+    fn place_group(&mut self, layer: usize, group: QuantizedGroup) -> Result<GroupRecord> {
+        let job = self.job;
+        let quantized = &job.inventory.layers[layer].quantized;
+        let spec = quantized.iter().find(|spec| spec.site == group.site).expect("only these were asked for");
+        if let Some(reason) = &group.fallback {
+            tracing::warn!("{}: {reason}", spec.members[0].name);
+        }
+        let input = job.quantized_inputs.then_some(group.input_amax);
+        let (mut maxima, mut verdicts) = (vec![], vec![]);
+        for (linear, member) in spec.members.iter().zip(group.members) {
+            healthy_weight(linear, member.amax)?;
+            self.linear(&linear.name, member.linear, group.global)?;
+            if let Some(amax) = input {
+                self.input(&linear.name, group.headroom * amax)?;
+            }
+            maxima.push((linear.name.clone(), member.amax));
+            verdicts.push(member.verdict);
+        }
+        let QuantizedGroup { site, smoothing, headroom, damping, fallback, .. } = group;
+        let chosen = Some(Chosen { smoothing, headroom, damping, fallback, verdicts });
+        let site = job.model.layers[layer].sites[site].name.to_string();
+        Ok(GroupRecord { site, input_amax: input, members: maxima, chosen })
     }
 
     /// Places the weights of one linear.
@@ -311,7 +330,8 @@ impl<B: Solver> Finisher<'_, B> {
         self.place(ToPlace::Made(self.job.layout.linear_names(name).input_global, scalar.to_vec()))
     }
 
-    /// Carries tensors over, some of them rewritten.
+    /// Places the tensors of a part that are not quantized: those in `rewritten` with the bytes given there, the others
+    /// as the source has them.
     fn copy(&mut self, part: PartId, rewritten: &HashMap<String, Vec<u8>>) -> Result<()> {
         for name in &self.job.part(part).copied {
             self.place(match rewritten.get(name) {
@@ -322,7 +342,7 @@ impl<B: Solver> Finisher<'_, B> {
         Ok(())
     }
 
-    /// Memory for `bytes` bytes, that of a tensor which has been placed where there was one.
+    /// A buffer for `bytes` bytes: that of an earlier tensor of this length where one has been placed, a new one otherwise.
     fn spare(&mut self, bytes: usize) -> Vec<u8> {
         for spare in self.placed.try_iter() {
             self.spare.entry(spare.len()).or_default().push(spare);
@@ -330,10 +350,11 @@ impl<B: Solver> Finisher<'_, B> {
         self.spare.get_mut(&bytes).and_then(Vec::pop).unwrap_or_default()
     }
 
-    /// Waits until everything has been placed: a layer that was taken sooner would keep the walk waiting for the disk.
-    fn settle(&self) -> Result<()> {
-        self.place(ToPlace::Settle)?;
-        self.settled.recv().map_err(|_| placer_ended())
+    /// Waits until everything so far has been placed. The walk waits for this layer's weights. Without this wait the
+    /// finisher would accept the next layer while this one is being written, and then the walk would wait for the disk.
+    fn flush(&self) -> Result<()> {
+        self.place(ToPlace::Flush)?;
+        self.flushed.recv().map_err(|_| placer_ended())
     }
 
     fn place(&self, tensor: ToPlace) -> Result<()> {
@@ -341,71 +362,7 @@ impl<B: Solver> Finisher<'_, B> {
     }
 }
 
-/// The thread that places tensors says why itself.
+/// The error where the placing thread is gone. That thread has reported its own failure, which is the cause.
 fn placer_ended() -> Error {
     Error::run("the writing thread ended early")
-}
-
-/// The norms and biases of a layer that folds may change, as they are stored.
-struct Stored {
-    /// By the norms' numbers.
-    norms: Vec<Option<(Dtype, Vec<f32>)>>,
-    /// By the linears' numbers.
-    biases: Vec<Option<(Dtype, Vec<f32>)>>,
-}
-
-impl Stored {
-    fn of(job: &Job, layer: usize) -> Result<Stored> {
-        let read = |name: Option<String>| -> Result<Option<(Dtype, Vec<f32>)>> {
-            let Some(name) = name else { return Ok(None) };
-            let tensor = job.checkpoint.tensor(&name)?;
-            Ok(Some((tensor.dtype, widen(&tensor)?)))
-        };
-        let spec = &job.model.layers[layer];
-        let norm = |norm: &Norm| read(norm.weight.as_ref().map(|spec| spec.name.clone()));
-        Ok(Stored {
-            norms: spec.norms.iter().map(norm).collect::<Result<_>>()?,
-            biases: spec.linears.iter().map(|linear| read(linear.bias())).collect::<Result<_>>()?,
-        })
-    }
-
-    /// What storing `x` in a norm makes of it.
-    fn round(&self, norm: usize, x: f32) -> f32 {
-        self.norms[norm].as_ref().map_or(x, |(dtype, _)| stored(*dtype, x))
-    }
-
-    /// Whether an element of a linear's bias, if it has one, can hold a factor.
-    fn holds(&self, linear: usize, row: usize, factor: f32) -> bool {
-        let bias = &self.biases[linear];
-        bias.as_ref().is_none_or(|(dtype, bias)| stored(*dtype, bias[row] * factor).is_finite())
-    }
-}
-
-/// The norms and biases that folds change, in the dtypes of the source.
-pub fn rewritten(job: &Job, layer: usize, folds: &Folds) -> Result<HashMap<String, Vec<u8>>> {
-    let spec = &job.model.layers[layer];
-    let mut tensors = HashMap::new();
-    let mut scale = |name: String, factors: &[f32]| -> Result<()> {
-        let bias = job.checkpoint.tensor(&name)?;
-        let values: Vec<f32> = widen(&bias)?.iter().zip(factors).map(|(bias, f)| bias * f).collect();
-        tensors.insert(name, narrow(bias.dtype, &values));
-        Ok(())
-    };
-    for (number, linear) in spec.linears.iter().enumerate() {
-        if let (Some(name), Some(factors)) = (linear.bias(), folds.rows(number, linear.rows)) {
-            scale(name, &factors)?;
-        }
-    }
-    for (number, _, factors) in folds.norms() {
-        if let Some(bias) = &spec.norms[number].bias {
-            scale(bias.name.clone(), factors)?;
-        }
-    }
-    for (number, weights, _) in folds.norms() {
-        if let Some(weight) = &spec.norms[number].weight {
-            let dtype = job.checkpoint.entry(&weight.name)?.dtype;
-            tensors.insert(weight.name.clone(), narrow(dtype, weights));
-        }
-    }
-    Ok(tensors)
 }

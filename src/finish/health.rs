@@ -1,21 +1,24 @@
-//! Maxima that no scale can be made of, and what to do about them.
+//! The health check: maxima from which no scale can be computed (zero, NaN, infinity), and what the user can do.
 
 use std::time::Duration;
 
 use crate::error::{Error, Result};
 use crate::model::{Group, LinearSpec};
 
-/// How long a fault that may have come from a layer before is kept back.
-const DEFERENCE: Duration = Duration::from_secs(2);
+/// The delay before NaN in a layer's input is reported. It may come from an earlier layer, whose rank finds it as well:
+/// in this time that rank reports first, and names the tensor where it began.
+const UPSTREAM_GRACE: Duration = Duration::from_secs(2);
 
-/// The maximum of an input that can be turned into a scale; zero is one where inputs are not `scaled`. NaN passes from
-/// layer to layer and from stage to stage: where it began, a weight may say so, which is what the user must know, and
-/// that stage is given the time to speak first.
+/// Checks `amax`, the largest absolute value in the input of a group. It must be finite, and where inputs are quantized
+/// (`scaled`) it must not be zero.
+///
+/// # Errors
+/// Exit code 5, naming the linears that read the input. NaN is reported after [`UPSTREAM_GRACE`].
 pub fn healthy_input(group: &Group, layer: usize, amax: f32, scaled: bool) -> Result<()> {
     let names: Vec<&str> = group.members.iter().map(|linear| linear.name.as_str()).collect();
     if !amax.is_finite() {
         if layer > 0 {
-            std::thread::sleep(DEFERENCE);
+            std::thread::sleep(UPSTREAM_GRACE);
         }
         return Err(Error::run(format!(
             "health check: NaN or infinity in what {} read from the calibration data",
@@ -39,7 +42,10 @@ pub fn healthy_input(group: &Group, layer: usize, amax: f32, scaled: bool) -> Re
     ))
 }
 
-/// The maximum of a weight that can be turned into a scale.
+/// Checks `amax`, the largest absolute value of a linear's weight. It must be finite and not zero.
+///
+/// # Errors
+/// Exit code 5, naming the tensor.
 pub fn healthy_weight(linear: &LinearSpec, amax: f32) -> Result<()> {
     let (fault, fix) = match amax {
         _ if !amax.is_finite() => {

@@ -1,4 +1,4 @@
-//! What ranks tell each other while they work.
+//! The messages between ranks: hidden states to the next stage, and events and tensors to rank 0.
 
 use crate::cluster::{Frame, Tag, ToMain};
 use crate::error::{Error, Result};
@@ -6,30 +6,30 @@ use crate::record::{Observed, PartRecord};
 
 /// Hidden states of one micro-batch.
 pub struct Hidden {
-    /// Which one.
+    /// The micro-batch.
     pub micro_batch: usize,
     /// `[tokens, hidden]` in the compute dtype.
     pub bytes: Vec<u8>,
 }
 
-/// What rank 0 hears from the stages.
+/// Something that happened on a rank, for rank 0.
 #[derive(Clone, Debug, PartialEq, serde::Serialize, serde::Deserialize)]
 pub enum Event {
     /// A micro-batch has passed a layer.
-    Walked {
+    Passed {
         /// The layer.
         layer: usize,
     },
-    /// Micro-batches have passed a layer that is not finished yet.
+    /// The running maxima of a layer that is not finished yet.
     Observed(Observed),
-    /// A part is at its place, or all its tensors are on their way to rank 0.
+    /// All tensors of a part have been written, or sent to rank 0 before this message.
     Finished(PartRecord),
 }
 
 /// The head of a message to rank 0.
 #[derive(Clone, Debug, PartialEq, serde::Serialize, serde::Deserialize)]
 pub enum ToRoot {
-    /// Something happened.
+    /// An event.
     Event(Event),
     /// The body is an output tensor.
     Tensor {
@@ -40,7 +40,7 @@ pub enum ToRoot {
     },
 }
 
-/// A stage's way out: to the next stage and to rank 0, over the main thread.
+/// Sends the messages of a stage, to the next stage and to rank 0. The main thread passes them to MPI.
 #[derive(Clone)]
 pub struct Outbox {
     main: ToMain,
@@ -53,25 +53,28 @@ impl Outbox {
         Outbox { main, next }
     }
 
-    /// Tells rank 0.
+    /// Sends an event to rank 0.
     pub fn event(&self, event: Event) -> Result<()> {
         self.main.send(0, Tag::Root, Frame { head: head(&ToRoot::Event(event)), body: vec![] })
     }
 
-    /// Hands an output tensor to rank 0, with the digest of its bytes.
+    /// Sends an output tensor to rank 0, with the digest of its bytes.
     pub fn tensor(&self, name: &str, digest: &str, bytes: Vec<u8>) -> Result<()> {
         let head = head(&ToRoot::Tensor { name: name.to_string(), digest: digest.to_string() });
         self.main.send(0, Tag::Root, Frame { head, body: bytes })
     }
 
-    /// Passes a micro-batch's hidden states on.
+    /// Sends a micro-batch's hidden states to the next stage.
     pub fn hidden(&self, micro_batch: usize, bytes: Vec<u8>) -> Result<()> {
-        let peer = self.next.ok_or_else(|| Error::run("there is no stage behind this one"))?;
+        let peer = self
+            .next
+            .ok_or_else(|| Error::run("this is the last stage: there is none to send hidden states to"))?;
         self.main.send(peer, Tag::Hidden, Frame { head: micro_batch.to_le_bytes().to_vec(), body: bytes })
     }
 
-    /// What a thread came to. Others may notice much later that it has failed, so the job hears of it at once.
-    pub fn told<T>(&self, result: Result<T>) -> Result<T> {
+    /// Passes the result of a thread through, and reports a failure to the main thread at once: threads that wait for this
+    /// one may notice its end much later.
+    pub fn report_failure<T>(&self, result: Result<T>) -> Result<T> {
         result.inspect_err(|error| self.main.fail(error))
     }
 }

@@ -1,5 +1,5 @@
-//! Finished tensors to their places, on a thread of their own: while one is digested and written, the next is
-//! being quantized.
+//! Writes finished tensors to their places in the output, or sends them to rank 0. It runs on a thread of its own:
+//! while one tensor is digested and written, the next is being quantized.
 
 use std::collections::HashMap;
 use std::time::Instant;
@@ -12,16 +12,16 @@ use crate::error::{Error, Result};
 use crate::job::Job;
 use crate::record::{GroupRecord, PartId, PartRecord};
 
-/// Something to be placed.
+/// A message to the thread that places tensors.
 pub enum ToPlace {
-    /// A tensor that was made here.
+    /// A tensor that was computed: its name and its bytes.
     Made(String, Vec<u8>),
-    /// A tensor of the source, as it is.
+    /// A tensor of the source that is copied unchanged.
     Copied(SourceTensor),
     /// All tensors of a part have been handed over.
     Part(PartId, Vec<GroupRecord>),
-    /// Nothing: answered when all that came before has been placed.
-    Settle,
+    /// Asks for an answer when everything sent before has been placed.
+    Flush,
 }
 
 /// Writes tensors where this rank sees the output, and sends them to rank 0 where it doesn't.
@@ -32,12 +32,13 @@ pub struct Placer<'a> {
     pub files: Option<&'a OutputFiles>,
     /// To rank 0.
     pub outbox: Outbox,
-    /// Where memory that is no longer needed goes, for the next tensor: fresh pages cost more than the copy into
+    /// Gives buffers back to the finisher for later tensors: fresh pages from the system cost more than the copy into
     /// them.
     pub spare: Sender<Vec<u8>>,
-    /// Answers to [`ToPlace::Settle`]. It is the placer's own, so that whoever waits for an answer hears of its end: a
-    /// sender in a message would stay in the channel, which keeps what was queued when its receiver is gone.
-    pub settled: Sender<()>,
+    /// Answers to [`ToPlace::Flush`]. The placer owns this sender, so that its channel is disconnected when the placer
+    /// ends, and a finisher that waits for an answer returns. A sender inside of the message would not do: a channel
+    /// keeps its queued messages after its receiver is gone, and the sender in them would stay alive.
+    pub flushed: Sender<()>,
 }
 
 impl Placer<'_> {
@@ -51,27 +52,11 @@ impl Placer<'_> {
             let started = Instant::now();
             match tensor {
                 ToPlace::Made(name, bytes) => {
-                    let digest = digest(&bytes);
-                    match self.files {
-                        Some(files) => {
-                            files.write(&name, &bytes)?;
-                            // Scalars aren't worth it; where nobody wants it any more it is simply freed.
-                            if bytes.len() > size_of::<f32>() {
-                                let _ = self.spare.try_send(bytes);
-                            }
-                        }
-                        None => self.outbox.tensor(&name, &digest, bytes)?,
-                    }
+                    let digest = self.made(&name, bytes)?;
                     digests.insert(name, digest);
                 }
-                // In place there is no need for a copy in memory: an embedding may be gigabytes.
                 ToPlace::Copied(source) => {
-                    finite(self.job, &source)?;
-                    let digest = digest(source.bytes());
-                    match self.files {
-                        Some(files) => files.write(&source.name, source.bytes())?,
-                        None => self.outbox.tensor(&source.name, &digest, source.bytes().to_vec())?,
-                    }
+                    let digest = self.copied(&source)?;
                     digests.insert(source.name, digest);
                 }
                 ToPlace::Part(part, groups) => {
@@ -82,15 +67,44 @@ impl Placer<'_> {
                     let digests = tensors.iter().map(digest_of).collect();
                     self.outbox.event(Event::Finished(PartRecord { part, digests, groups }))?;
                 }
-                ToPlace::Settle => drop(self.settled.send(())),
+                ToPlace::Flush => drop(self.flushed.send(())),
             }
             seconds += started.elapsed().as_secs_f64();
         }
         Ok(seconds)
     }
+
+    /// Places a computed tensor; returns its digest.
+    fn made(&self, name: &str, bytes: Vec<u8>) -> Result<String> {
+        let digest = digest(&bytes);
+        match self.files {
+            Some(files) => {
+                files.write(name, &bytes)?;
+                // The buffers of scalars are not worth the exchange. Where the channel is full or closed, the buffer is
+                // freed.
+                if bytes.len() > size_of::<f32>() {
+                    let _ = self.spare.try_send(bytes);
+                }
+            }
+            None => self.outbox.tensor(name, &digest, bytes)?,
+        }
+        Ok(digest)
+    }
+
+    /// Places a tensor of the source; returns its digest. Where this rank writes the output, the mapped bytes are written
+    /// without a copy in memory: an embedding may have gigabytes.
+    fn copied(&self, source: &SourceTensor) -> Result<String> {
+        finite(self.job, source)?;
+        let digest = digest(source.bytes());
+        match self.files {
+            Some(files) => files.write(&source.name, source.bytes())?,
+            None => self.outbox.tensor(&source.name, &digest, source.bytes().to_vec())?,
+        }
+        Ok(digest)
+    }
 }
 
-/// The health check of what is only copied: nothing is computed with most of it, so nothing else would notice.
+/// Checks that a copied tensor is finite. Nothing is computed with most copied tensors, so nothing else would find out.
 fn finite(job: &Job, source: &SourceTensor) -> Result<()> {
     let Some(at) = first_not_finite(source.dtype, source.checked()?) else { return Ok(()) };
     let cols = source.shape.last().copied().unwrap_or(1).max(1);

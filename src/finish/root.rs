@@ -1,5 +1,5 @@
-//! What rank 0 does with what it hears: tensors to their places, finished parts into the journal,
-//! progress to the user.
+//! Handles the messages that ranks send to rank 0: tensors are written, finished parts recorded in the journal, and
+//! progress is shown.
 
 use super::messages::{Event, ToRoot};
 use super::prover::Prover;
@@ -9,32 +9,32 @@ use crate::error::{Error, Result};
 use crate::progress::Progress;
 use crate::record::{Journal, PartRecord};
 
-/// Takes what ranks tell rank 0, on a thread of its own.
-pub struct Root<'a> {
+/// Handles the messages that ranks send to rank 0, on a thread of its own.
+pub struct RootInbox<'a> {
     /// The output.
     pub files: &'a OutputFiles,
     /// The journal.
     pub journal: Journal,
-    /// What the user sees.
+    /// The progress bar.
     pub progress: Progress,
     /// Parts finished in this run or in an earlier one.
     pub records: Vec<PartRecord>,
-    /// Reads finished layers while others are being made, where there is one.
+    /// Verifies finished layers while others are being computed; none where that is all done at the end.
     pub prover: Option<Prover>,
 }
 
-impl Root<'_> {
-    /// Takes a message from rank `peer`.
+impl RootInbox<'_> {
+    /// Handles a message from rank `peer`.
     ///
     /// # Errors
     /// Exit code 5: a disk that fails, a tensor that was damaged on its way.
-    pub fn take(&mut self, peer: usize, frame: Frame) -> Result<()> {
+    pub fn handle(&mut self, peer: usize, frame: Frame) -> Result<()> {
         let head = serde_json::from_slice(&frame.head).map_err(|e| {
             Error::run(format!("rank {peer} sent something unreadable: {e}"))
                 .fix("run the same distq everywhere")
         })?;
         match head {
-            ToRoot::Event(Event::Walked { layer }) => self.progress.step(peer, layer),
+            ToRoot::Event(Event::Passed { layer }) => self.progress.step(peer, layer),
             ToRoot::Event(Event::Observed(observed)) => self.journal.observed(&observed)?,
             ToRoot::Event(Event::Finished(record)) => {
                 self.journal.finished(&record)?;

@@ -10,43 +10,43 @@ use crate::methods::Method;
 use crate::model::Model;
 use crate::record::{Observed, PartId};
 
-/// The job, the same on every rank (but for where the checkpoint lies).
+/// The job. It is the same on every rank, except for the path of the checkpoint.
 pub struct Job {
     /// The model.
     pub model: Model,
     /// The source on this host.
     pub checkpoint: Checkpoint,
-    /// What goes in and what comes out.
+    /// The tensors of the source and of the output.
     pub inventory: Inventory,
     /// How the output is written.
     pub layout: Layout,
-    /// Whether inputs are quantized when served.
+    /// Whether engines quantize the inputs of linears when they run the model.
     pub quantized_inputs: bool,
     /// How codes and scales are chosen.
     pub method: Method,
-    /// Which calibration tokens choose, and which judge.
+    /// Which calibration tokens are used to choose codes and scales, and which to judge the choice.
     pub sampling: Sampling,
     /// Tokens of each calibration document.
     pub lengths: Vec<usize>,
     /// The documents' token ids, one after another.
     pub ids: Vec<u32>,
-    /// The documents, packed.
+    /// The documents, packed into micro-batches.
     pub micro_batches: Vec<MicroBatch>,
-    /// Parts that an earlier run finished.
+    /// Parts that an earlier process of this run finished.
     pub done: HashSet<PartId>,
-    /// What layers have seen in an earlier run, where maxima are all that is asked for.
+    /// By layer, the running maxima that an earlier process of this run recorded; for methods that need only maxima.
     pub observed: HashMap<usize, Observed>,
-    /// Whether hidden states must walk through the model at all.
+    /// Whether the forward pass is needed at all.
     pub calibrates: bool,
 }
 
 impl Job {
-    /// Whether an earlier run finished this part.
+    /// Whether an earlier process finished this part.
     pub fn is_finished(&self, part: PartId) -> bool {
         self.done.contains(&part)
     }
 
-    /// Whether a layer must still see a micro-batch.
+    /// Whether a micro-batch must still pass a layer.
     pub fn needs(&self, layer: usize, micro_batch: usize) -> bool {
         let seen = self.observed.get(&layer).map_or(0, |observed| observed.documents);
         let open = self.method.needs_statistics() || seen < self.micro_batches[micro_batch].samples.end;

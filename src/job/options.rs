@@ -18,7 +18,7 @@ pub struct Options {
     pub calib: CalibOptions,
     /// Largest shard in bytes.
     pub max_shard: u64,
-    /// What to do with what an earlier run left.
+    /// What to do with the files of an earlier run.
     pub existing: Existing,
     /// Send every tensor through rank 0.
     pub gather: bool,
@@ -28,7 +28,7 @@ pub struct Options {
     pub quiet: bool,
 }
 
-/// What decides who owns which layers.
+/// The options from which the plan is made.
 #[derive(Clone, Debug)]
 pub struct PlanOptions {
     /// The source directory.
@@ -39,11 +39,11 @@ pub struct PlanOptions {
     pub scheme: Scheme,
     /// How codes and scales are chosen.
     pub method: Method,
-    /// Patterns of modules to leave alone.
+    /// Patterns of modules that are not quantized.
     pub ignore: Vec<String>,
     /// Layers by rank, where the user chose them.
     pub layers_per_rank: Option<Vec<usize>>,
-    /// Bytes by rank that it may use, where the user chose them; one value serves all.
+    /// Bytes by rank that it may use, where the user chose them; one value is for all ranks.
     pub memory_per_rank: Vec<u64>,
     /// Where to compute.
     pub device: DeviceChoice,
@@ -52,7 +52,7 @@ pub struct PlanOptions {
 }
 
 impl PlanOptions {
-    /// Whether hidden states must walk through the model at all.
+    /// Whether the forward pass is needed at all.
     pub fn calibrates(&self) -> bool {
         self.scheme.quantizes_activations() || self.method.needs_statistics()
     }

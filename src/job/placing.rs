@@ -1,4 +1,5 @@
-//! The output before the first layer: files at their final length, the journal, and which ranks see them.
+//! Creates the output before the first layer: its files at their final length, and the journal. Finds out which ranks
+//! see these files.
 
 use std::collections::HashSet;
 use std::fs::{File, OpenOptions};
@@ -15,29 +16,29 @@ use crate::cluster::Cluster;
 use crate::error::{Error, Result};
 use crate::record::{Fingerprint, GroupRecord, History, Journal, Line, Observed, PartId, PartRecord};
 
-/// Rank 0's share: the directory and the journal.
+/// What rank 0 alone has of the output: the directory and the journal.
 pub struct RootOutput {
     /// The directory.
     pub dir: OutputDir,
     /// The journal.
     pub journal: Journal,
-    /// What an earlier run finished.
+    /// Parts that an earlier process finished.
     pub records: Vec<PartRecord>,
 }
 
 /// What every rank has of the output.
 pub struct Placed {
-    /// Where everything goes.
+    /// The places of all tensors.
     pub placement: Placement,
     /// The files, where this rank sees them.
     pub files: Option<OutputFiles>,
     /// Parts that an earlier process finished.
     pub done: HashSet<PartId>,
-    /// What unfinished layers have seen.
+    /// The running maxima of unfinished layers.
     pub observed: Vec<Observed>,
     /// The run's name: no other run has it, wherever it writes.
     pub run: String,
-    /// On rank 0.
+    /// What rank 0 alone has; none on other ranks.
     pub root: Option<RootOutput>,
 }
 

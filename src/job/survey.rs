@@ -1,9 +1,9 @@
-//! Everything that is known before a byte of weights is read: the model, the machines, the plan.
+//! What is found out before the weights are read: the model, the machines and their rates, and the plan.
 
 use super::inventory::Inventory;
 use super::options::PlanOptions;
 use super::probe::{Probe, Rates};
-use crate::backend::Device;
+use crate::backend::{Compute, Device};
 use crate::calibration::{MicroBatch, micro_batches, pairs};
 use crate::checkpoint::Checkpoint;
 use crate::cluster::{Cluster, Machine};
@@ -19,7 +19,7 @@ pub struct Survey {
     pub checkpoint: Checkpoint,
     /// The model.
     pub model: Model,
-    /// What goes in and what comes out.
+    /// The tensors of the source and of the output.
     pub inventory: Inventory,
     /// Digest of a sample of the weights, by part of the model.
     pub weights: Vec<String>,
@@ -29,14 +29,14 @@ pub struct Survey {
     pub device: Device,
     /// The micro-batches.
     pub micro_batches: Vec<MicroBatch>,
-    /// Who owns what.
+    /// Which rank has which layers.
     pub plan: Plan,
-    /// What of the source is used and what is ignored, where that is not plain.
+    /// What a user should know of how the source was read.
     pub notes: Vec<String>,
 }
 
-/// Opens the model on every rank, and plans on rank 0 from what the ranks report. `lengths` gives the
-/// calibration documents, from the vocabulary size.
+/// Opens the model on every rank, and plans on rank 0 from what the ranks report. `lengths` gives the tokens of each
+/// calibration document, from the model's vocabulary size.
 ///
 /// # Errors
 /// Exit codes 2, 3 and 4, the same on every rank.
@@ -45,8 +45,53 @@ pub fn survey(
     options: &PlanOptions,
     lengths: impl FnOnce(&Model) -> Result<Vec<usize>>,
 ) -> Result<Survey> {
-    let opened = cluster.agree(cluster.attend(|| open(options)))?;
-    let (checkpoint, model, inventory) = opened;
+    let (checkpoint, model, inventory, weights) = open_everywhere(cluster, options)?;
+    let oddities = cluster.from_root(|| model.oddities(&checkpoint))?;
+    let notes = checkpoint.notes.iter().cloned().chain(oddities).collect();
+    tracing::debug!("the model is open");
+    let lengths = lengths(&model)?;
+    tracing::debug!("the calibration data is read");
+    let (machine, device, host_memory) = open_machine(cluster, options, inventory.compute)?;
+    // Ranks that share a disk measure it together, as they will use it together.
+    let read_rate = cluster.agree(cluster.attend(|| checkpoint.read_rate()))?;
+    tracing::debug!("the source's files are read at {}/s", binary(read_rate as u64));
+    let kind = Kind {
+        host: cluster.host_id(),
+        device: format!("{} × {}", machine.threads, device.name()),
+        micro_batch_tokens: device.micro_batch_tokens(),
+    };
+    let kinds = cluster.all_gather(&kind)?;
+    let probe = Probe {
+        model: &model,
+        method: options.method,
+        quantized_inputs: options.scheme.quantizes_activations(),
+        lengths: &lengths,
+        tokens: device.micro_batch_tokens() / 2,
+    };
+    let node = measure(cluster, &machine, &device, probe, read_rate, &kinds)?;
+    let nodes = cluster.gather(&Node { host_memory, ..node })?;
+    // Micro-batches are made once for the whole job, of the smallest size that any rank's device prefers.
+    let tokens = kinds.iter().map(|kind| kind.micro_batch_tokens).min().unwrap_or(1);
+    let micro_batches = micro_batches(&lengths, tokens);
+    let plan = cluster.from_root(|| {
+        let work = work(options, &model, &lengths, &micro_batches);
+        plan(
+            &nodes.unwrap_or_default(),
+            &inventory.cost(&model, options.method),
+            &work,
+            options.layers_per_rank.as_deref(),
+        )
+    })?;
+    Ok(Survey { checkpoint, model, inventory, weights, machine, device, micro_batches, plan, notes })
+}
+
+/// Opens the model on every rank, and makes sure that all see the same one. The last value has the digest of a sample of
+/// the weights for each part of the model.
+fn open_everywhere(
+    cluster: &Cluster,
+    options: &PlanOptions,
+) -> Result<(Checkpoint, Model, Inventory, Vec<String>)> {
+    let (checkpoint, model, inventory) = cluster.agree(cluster.attend(|| open(options)))?;
     let weights = cluster.agree(cluster.attend(|| checkpoint.sample(inventory.sources())))?;
     let whole = blake3::hash(weights.concat().as_bytes()).to_hex();
     let digests = cluster.all_gather(&(checkpoint.digest(), whole.to_string()))?;
@@ -59,11 +104,17 @@ pub fn survey(
         }
         _ => Ok(()),
     })?;
-    let oddities = cluster.from_root(|| model.oddities(&checkpoint))?;
-    let notes = checkpoint.notes.iter().cloned().chain(oddities).collect();
-    tracing::debug!("the model is open");
-    let lengths = lengths(&model)?;
-    tracing::debug!("the calibration data is read");
+    Ok((checkpoint, model, inventory, weights))
+}
+
+/// This rank's machine and its open device. The last value is the memory of the host in bytes where the device is a card
+/// with memory of its own, and 0 otherwise: such a host keeps files and hidden states in memory that the card does not
+/// use.
+fn open_machine(
+    cluster: &Cluster,
+    options: &PlanOptions,
+    compute: Compute,
+) -> Result<(Machine, Device, u64)> {
     let memory = cluster.agree(by_rank(
         "--memory-per-rank",
         &options.memory_per_rank,
@@ -71,8 +122,7 @@ pub fn survey(
         cluster.size(),
     ))?;
     let mut machine = cluster.machine(memory);
-    let device = open_device(cluster, options.device, inventory.compute, machine.threads)?;
-    // A card's host keeps files and hidden states in memory that the card does not use.
+    let device = open_device(cluster, options.device, compute, machine.threads)?;
     let host_memory = match device.memory() {
         Some((_, false)) => cluster.machine(None).memory,
         _ => 0,
@@ -86,41 +136,37 @@ pub fn survey(
         machine.threads,
         binary(machine.memory)
     );
-    // Ranks that share a disk measure it together, as they will use it.
-    let read_rate = cluster.agree(cluster.attend(|| checkpoint.read_rate()))?;
-    tracing::debug!("the source's files are read at {}/s", binary(read_rate as u64));
-    let probe = Probe {
-        model: &model,
-        method: options.method,
-        quantized_inputs: options.scheme.quantizes_activations(),
-        lengths: &lengths,
-        tokens: device.micro_batch_tokens() / 2,
-    };
+    Ok((machine, device, host_memory))
+}
+
+/// Measures this rank's rates. Ranks of one kind are equal machines, and what they measure differs by noise alone, which
+/// the plan should not show: they get the mean of their rates, and all ranks of a host the mean of its reading rates.
+/// Where equal ranks outnumber the cores, only as many of them measure as the cores serve at once.
+fn measure(
+    cluster: &Cluster,
+    machine: &Machine,
+    device: &Device,
+    probe: Probe,
+    read_rate: f64,
+    kinds: &[Kind],
+) -> Result<Node> {
+    let kind = &kinds[cluster.rank()];
     let (company, crowding) =
         if device.memory().is_some() { (1, 1.0) } else { (cluster.local_size(), machine.crowding) };
-    // Ranks of one host read from one disk, and those with the same device are equal: what they measure apart from each
-    // other is noise, which the plan should not show. Where equal ranks outnumber the cores, only as many measure as
-    // those serve at once.
-    let kind = Kind {
-        host: cluster.host_id(),
-        device: format!("{} × {}", machine.threads, device.name()),
-        micro_batch_tokens: device.micro_batch_tokens(),
-    };
-    let kinds = cluster.all_gather(&kind)?;
-    let before = kinds[..cluster.rank()].iter().filter(|other| **other == kind).count();
+    let before = kinds[..cluster.rank()].iter().filter(|other| *other == kind).count();
     let measures = (before as f64) < company as f64 / crowding;
     let rates = cluster.agree(measures.then(|| cluster.attend(|| device.run(probe))).transpose())?;
     if let Some(rates) = &rates {
         tracing::debug!("computes at {:.3e} FLOP/s, {:.3e} with statistics", rates.forward, rates.statistics);
     }
     let measured = cluster.all_gather(&(read_rate, rates))?;
-    let equal = kinds.iter().zip(&measured).filter(|(other, _)| **other == kind);
+    let equal = kinds.iter().zip(&measured).filter(|(other, _)| *other == kind);
     let rates: Vec<Rates> = equal.filter_map(|(_, (_, rates))| *rates).collect();
     let near = kinds.iter().zip(&measured).filter(|(other, _)| other.host == kind.host);
-    let node = Node {
+    Ok(Node {
         rank: cluster.rank(),
         memory: machine.memory,
-        host_memory,
+        host_memory: 0,
         flops: mean(rates.iter().map(|rates| rates.forward)),
         statistics_flops: mean(rates.iter().map(|rates| rates.statistics)),
         solving_flops: mean(rates.iter().map(|rates| rates.solving)),
@@ -130,40 +176,17 @@ pub fn survey(
         crowding,
         host: cluster.host().to_string(),
         host_id: kind.host,
-    };
-    let nodes = cluster.gather(&node)?;
-    // Made once for the whole job: the smallest of what the devices like.
-    let tokens = kinds.iter().map(|kind| kind.micro_batch_tokens).min().unwrap_or(1);
-    let batches = micro_batches(&lengths, tokens);
-    let planned = cluster.from_root(|| {
-        let work = work(options, &model, &lengths, &batches);
-        plan(
-            &nodes.unwrap_or_default(),
-            &inventory.cost(&model, options.method),
-            &work,
-            options.layers_per_rank.as_deref(),
-        )
-    })?;
-    Ok(Survey {
-        checkpoint,
-        model,
-        inventory,
-        weights,
-        machine,
-        device,
-        micro_batches: batches,
-        plan: planned,
-        notes,
     })
 }
 
-/// Ranks whose rates are the same.
+/// Ranks of the same kind have the same rates.
 #[derive(PartialEq, serde::Serialize, serde::Deserialize)]
 struct Kind {
     /// The host's number.
     host: usize,
-    /// Threads and what they compute on.
+    /// The number of threads and the device's name.
     device: String,
+    /// Tokens of a micro-batch that the device prefers.
     micro_batch_tokens: usize,
 }
 
@@ -171,8 +194,8 @@ fn mean(values: impl Iterator<Item = f64> + Clone) -> f64 {
     values.clone().sum::<f64>() / values.count() as f64
 }
 
-/// Plans for machines that are not there, on this one alone: they are on links of `links` bytes/s, one for all or
-/// one for each. The model needs no weights, its config.json will do.
+/// Plans for machines that are described and need not exist, on this machine alone. `links` are the rates of their links
+/// in bytes/s, one for all or one for each. The model's config.json is enough: weights need not exist either.
 ///
 /// # Errors
 /// Exit codes 2, 3 and 4.
@@ -238,7 +261,7 @@ fn listed(
     Ok((checkpoint, model, inventory))
 }
 
-/// What an option that takes one value for all ranks or one for each says of one.
+/// The value for one rank of an option that takes one value for all ranks or one for each.
 fn by_rank<T: Copy>(option: &str, chosen: &[T], rank: usize, ranks: usize) -> Result<Option<T>> {
     match chosen {
         [] => Ok(None),

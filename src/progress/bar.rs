@@ -11,10 +11,11 @@ use crate::units::duration;
 
 const LINE_EVERY: Duration = Duration::from_secs(10);
 
-/// The bar that is on the terminal.
+/// The bar that is shown on the terminal, for [`Progress::clear`].
 static SHOWN: OnceLock<ProgressBar> = OnceLock::new();
 
-/// How long a launcher gets to pass on that the bar is gone: what is said next goes another way through it.
+/// The time for a launcher to pass on to the terminal that the bar is removed. The next message goes through another pipe of
+/// the launcher and could otherwise arrive first.
 const PASSING_ON: Duration = Duration::from_millis(50);
 
 /// Steps of equal length towards a known total.
@@ -51,7 +52,7 @@ impl Steps {
         Steps { bar, last_line, unit, total, started: Instant::now() }
     }
 
-    /// Says what the coming steps belong to.
+    /// Sets the text beside the bar.
     pub fn say(&self, what: String) {
         self.bar.set_message(what);
     }
@@ -70,7 +71,7 @@ impl Steps {
         }
     }
 
-    /// Takes the bar away.
+    /// Removes the bar.
     pub fn finish(&self) {
         self.bar.finish_and_clear();
     }
@@ -107,12 +108,12 @@ impl Progress {
         stages.join("  ")
     }
 
-    /// Takes the bar away.
+    /// Removes the bar.
     pub fn finish(&self) {
         self.steps.finish();
     }
 
-    /// Takes the bar away from any thread, if there is one, and for good.
+    /// Removes the bar, if one is shown, for good. May be called from any thread.
     pub fn clear() {
         if let Some(bar) = SHOWN.get().filter(|bar| !bar.is_finished()) {
             bar.finish_and_clear();

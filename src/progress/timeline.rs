@@ -3,7 +3,7 @@
 use std::sync::Mutex;
 use std::time::Instant;
 
-/// What a bar stands for.
+/// The kind of work that a bar shows.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Work {
@@ -15,7 +15,7 @@ pub enum Work {
     Quantize,
 }
 
-/// A stretch of work on one layer.
+/// A period of work on one layer.
 #[derive(Clone, Copy, Debug, PartialEq, serde::Serialize, serde::Deserialize)]
 pub struct Bar {
     /// What was done.
@@ -30,17 +30,18 @@ pub struct Bar {
     pub end: f64,
 }
 
-/// The bars of one rank, in the making.
+/// Records the bars of one rank.
 pub struct Timeline {
     zero: Instant,
     bars: Mutex<Vec<Bar>>,
 }
 
-/// Seconds between micro-batches of one layer that are still one bar: shorter than anything that is worth seeing.
+/// Micro-batches of one layer are one bar where the seconds between them are fewer than this, which is too short to be seen
+/// in the picture.
 const GAP: f64 = 0.0005;
 
 impl Timeline {
-    /// Begins. Ranks that leave a barrier together have the same zero without looking at clocks.
+    /// Begins at zero. Ranks call this when they leave a barrier together, so their zeros agree without comparing clocks.
     pub fn begin() -> Timeline {
         Timeline { zero: Instant::now(), bars: Mutex::default() }
     }

@@ -1,7 +1,7 @@
 //! The journal of a run: what it was asked to do, and every part that is finished.
 //!
 //! One JSON object a line, appended by rank 0 only, in `OUT.partial/`. The first line is the run's
-//! [`Fingerprint`]; each further line is a finished [`PartRecord`], or what a layer has [`Observed`] so far. Each ends
+//! [`Fingerprint`]; each further line is a finished [`PartRecord`], or the running maxima of a layer ([`Observed`]). Each ends
 //! with a digest of itself and of the line before. With the first line that is not what its digest says (cut short by a
 //! crash, damaged, out of place) the history ends, so what it and later lines say is simply done again.
 
@@ -21,22 +21,22 @@ use crate::error::{Error, Result};
 pub enum Line {
     /// A finished part.
     Finished(PartRecord),
-    /// What a layer has seen.
+    /// The running maxima of a layer.
     Observed(Observed),
 }
 
-/// What an interrupted run had done.
+/// What an interrupted run had done, according to its journal.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct History {
-    /// Finished parts, each once: as it was finished last.
+    /// The newest record of each finished part.
     pub records: Vec<PartRecord>,
     /// The newest maxima of each layer that has any.
     pub observed: Vec<Observed>,
-    /// Whether weights have changed since the run began. Nothing that depends on them is among the rest.
+    /// Whether weights have changed since the run began. Maxima that depend on changed weights are left out.
     pub changed: bool,
 }
 
-/// Bytes of a journal that are read at most. That of a thousand layers has less.
+/// The most bytes of a journal that are read. The journal of a thousand layers is smaller.
 const LONGEST: u64 = 256 << 20;
 
 impl History {
@@ -58,7 +58,7 @@ impl History {
                 .fix("start again with --overwrite")
         };
         let mut bytes = vec![];
-        // Whatever else it may be: a directory, a pipe that nobody writes to.
+        // The name may lead to something else: a directory, or a pipe, which would wait for a writer.
         let opened =
             OpenOptions::new().read(true).custom_flags(libc::O_NOFOLLOW | libc::O_NONBLOCK).open(&path);
         match opened.and_then(|file| file.take(LONGEST).read_to_end(&mut bytes)) {
@@ -129,8 +129,8 @@ impl Journal {
         Journal::begin(dir.join(JOURNAL), fingerprint, &History::default())
     }
 
-    /// Goes on with the journal in `dir`, of which `known` was read and is still so. It is written beside the old one,
-    /// and renamed when it is on the disk: at any moment there is a whole one.
+    /// Continues the journal in `dir`, of which `known` was read and is still true. The new journal is written beside the
+    /// old one and replaces it by a rename when it is on the disk, so that there is a complete one at any moment.
     ///
     /// # Errors
     /// Exit code 5 where the disk refuses.
@@ -157,7 +157,7 @@ impl Journal {
         self.line(record)
     }
 
-    /// Records what a layer has seen.
+    /// Records the running maxima of a layer.
     pub fn observed(&mut self, observed: &Observed) -> Result<()> {
         self.line(observed)
     }
@@ -166,12 +166,12 @@ impl Journal {
         let text = serde_json::to_string(value).expect("records are plain data");
         self.seal = seal(&self.seal, &text);
         let line = format!("{}{SEAL}{}\"}}\n", &text[..text.len() - 1], self.seal);
-        // One write a line: a crash leaves a prefix of it, never two lines mixed.
+        // One write for each line: a crash can leave a line incomplete, but never mixes two.
         self.file.write_all(line.as_bytes()).map_err(|e| failed("can't write the journal", &self.path, e))
     }
 }
 
-/// What stands between a line's own fields and its digest.
+/// The text between the fields of a line and its digest.
 const SEAL: &str = ",\"seal\":\"";
 
 /// The digest of a line, given that of the line before.
@@ -180,7 +180,8 @@ fn seal(before: &str, text: &str) -> String {
     digest.to_hex()[..32].to_string()
 }
 
-/// A line without its digest, and the digest; none where the line is not what was written behind the line before.
+/// Splits a line into its text and its digest; none where the digest does not belong to this text after the line
+/// before.
 fn unsealed(before: &str, line: &[u8]) -> Option<(String, String)> {
     let line = std::str::from_utf8(line).ok()?.strip_suffix("\"}\n")?;
     let (fields, found) = line.rsplit_once(SEAL)?;

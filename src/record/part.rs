@@ -3,7 +3,7 @@
 use crate::methods::Smoothing;
 use crate::methods::layer::Verdict;
 
-/// A part of the model: what the journal and the report call its pieces.
+/// A part of the model, as the journal and the report name it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, serde::Serialize, serde::Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum PartId {
@@ -26,8 +26,8 @@ impl std::fmt::Display for PartId {
 }
 
 impl PartId {
-    /// Whether what is made of this part depends on the weights of `other`. Where hidden states are forwarded, a layer's
-    /// inputs depend on all that comes before it.
+    /// Whether the output tensors of this part depend on the weights of `other`. Where the forward pass is computed
+    /// (`forwarded`), a layer's inputs depend on all layers before it.
     pub(super) fn depends_on(self, other: PartId, forwarded: bool) -> bool {
         match (self, other) {
             (PartId::Layer(layer), PartId::Layer(before)) if forwarded => before <= layer,
@@ -44,11 +44,11 @@ pub struct PartRecord {
     pub part: PartId,
     /// blake3 of each of its output tensors, in the inventory's order.
     pub digests: Vec<String>,
-    /// What was measured of its fused groups.
+    /// The measurements of its fused groups.
     pub groups: Vec<GroupRecord>,
 }
 
-/// What was measured of one fused group.
+/// The measurements of one fused group.
 #[derive(Clone, Debug, PartialEq, serde::Serialize, serde::Deserialize)]
 pub struct GroupRecord {
     /// The name of its site in the layer.
@@ -57,7 +57,7 @@ pub struct GroupRecord {
     pub input_amax: Option<f32>,
     /// Module names and their `max |w|`.
     pub members: Vec<(String, f32)>,
-    /// What a method other than max chose, and how good it is.
+    /// What a method other than max chose, and the errors of that choice.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub chosen: Option<Chosen>,
 }
@@ -67,13 +67,13 @@ pub struct GroupRecord {
 pub struct Chosen {
     /// Its fold.
     pub smoothing: Option<Smoothing>,
-    /// How many times the largest input its scale has room for.
+    /// The largest input that its scale can represent, as a multiple of the largest calibrated one.
     pub headroom: f32,
     /// The damping of its Hessian.
     pub damping: Option<f32>,
-    /// Why codes were chosen otherwise than asked for.
+    /// The reason where codes were chosen in another way than the method says.
     pub fallback: Option<String>,
-    /// By member.
+    /// The errors of each member.
     pub verdicts: Vec<Verdict>,
 }
 

@@ -1,18 +1,18 @@
-//! Which hidden states a file holds.
+//! The hidden states that a file holds.
 
 use std::ops::Range;
 
 /// The hidden states of consecutive documents before a layer.
 #[derive(Clone, Debug, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
 pub struct Kept {
-    /// The decoder layer that they go into.
+    /// The decoder layer whose input they are.
     pub layer: usize,
     /// The documents.
     pub documents: Range<usize>,
 }
 
 impl Kept {
-    /// Whether it holds these documents before this layer.
+    /// Whether it holds the hidden states of these documents before this layer.
     pub fn holds(&self, layer: usize, documents: &Range<usize>) -> bool {
         self.layer == layer && self.covers(documents)
     }

@@ -5,5 +5,5 @@ mod routes;
 mod visits;
 
 pub use kept::Kept;
-pub use routes::{Route, Routes, Station, routes};
+pub use routes::{Route, Routes, StageFiles, routes};
 pub use visits::{Visit, visits};

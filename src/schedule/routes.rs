@@ -1,16 +1,17 @@
-//! Which micro-batches pass which layers of each stage, and where their hidden states come from: all of it in a first
-//! run, what is left of it in a resumed one. Pure arithmetic, the same on every rank.
+//! Finds which layers of each stage every micro-batch passes, and where its hidden states come from. In a first run that
+//! is all layers; in a resumed one those for which something is left to do. Pure arithmetic, the same on every rank.
 
 use std::ops::Range;
 
 use super::kept::Kept;
 
-/// The way of one micro-batch through a stage.
+/// The layers of a stage that one micro-batch passes.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Route {
     /// The first layer that it passes.
     pub enter: usize,
-    /// Whether its hidden states were kept, rather than received (on the first stage: embedded).
+    /// Whether its hidden states are read from a file or memory, rather than received from the stage before (on the first
+    /// stage: embedded).
     pub kept: bool,
     /// The layer behind the last that it passes.
     pub until: usize,
@@ -25,12 +26,12 @@ impl Route {
     }
 }
 
-/// The ways of all micro-batches through a stage; none for those that need not pass it.
+/// The routes of all micro-batches through a stage; none for those that need not pass it.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Routes {
-    /// Of the sweep that only forwards, where there is one.
+    /// The routes of the sweep that only computes hidden states; empty where there is no such sweep.
     pub forward: Vec<Option<Route>>,
-    /// Of the sweep that looks at the layers' inputs.
+    /// The routes of the sweep that gathers maxima or statistics.
     pub own: Vec<Option<Route>>,
 }
 
@@ -43,17 +44,17 @@ impl Routes {
         (own.kept && !forward.kept).then_some(own.enter)
     }
 
-    /// Micro-batches through layers, over both sweeps.
+    /// How many times a micro-batch is computed through a layer, over both sweeps.
     pub fn passes(&self) -> usize {
         self.forward.iter().chain(&self.own).flatten().map(|route| route.until - route.enter).sum()
     }
 }
 
-/// A stage, and what it can read of kept hidden states.
-pub struct Station {
+/// A stage, and the kept hidden states that it can read.
+pub struct StageFiles {
     /// Its layers.
     pub layers: Range<usize>,
-    /// What it can read.
+    /// The files that it can read.
     pub kept: Vec<Kept>,
 }
 
@@ -61,13 +62,13 @@ pub struct Station {
 /// micro-batch. With `two_sweeps` a layer needs all micro-batches or none, and is looked at after hidden states have
 /// gone on to the next stage.
 pub fn routes(
-    stations: &[Station],
+    stages: &[StageFiles],
     documents: &[Range<usize>],
     needs: &dyn Fn(usize, usize) -> bool,
     two_sweeps: bool,
 ) -> Vec<Routes> {
     let mut wanted = vec![false; documents.len()];
-    let mut all: Vec<Routes> = (stations.iter().rev())
+    let mut all: Vec<Routes> = (stages.iter().rev())
         .map(|station| {
             let routes = station.routes(documents, needs, two_sweeps, &wanted);
             let from_before = |route: &Option<Route>| {
@@ -83,7 +84,7 @@ pub fn routes(
     all
 }
 
-impl Station {
+impl StageFiles {
     fn routes(
         &self,
         documents: &[Range<usize>],
@@ -140,11 +141,11 @@ mod tests {
         (0..count).map(|i| i..i + 1).collect()
     }
 
-    fn stations(ends: &[usize], kept: &[Kept]) -> Vec<Station> {
+    fn stages(ends: &[usize], kept: &[Kept]) -> Vec<StageFiles> {
         let starts = std::iter::once(&0).chain(ends);
         let layers = starts.zip(ends).map(|(&start, &end)| start..end);
         layers
-            .map(|layers| Station {
+            .map(|layers| StageFiles {
                 kept: kept.iter().filter(|kept| layers.contains(&kept.layer)).cloned().collect(),
                 layers,
             })
@@ -157,7 +158,7 @@ mod tests {
 
     #[test]
     fn a_first_run_walks_everything_and_twice_where_others_wait() {
-        let all = |two_sweeps| routes(&stations(&[2, 5, 6], &[]), &documents(4), &|_, _| true, two_sweeps);
+        let all = |two_sweeps| routes(&stages(&[2, 5, 6], &[]), &documents(4), &|_, _| true, two_sweeps);
         assert_eq!(passes(&all(false)), 6 * 4);
         assert_eq!(passes(&all(true)), (6 + 5) * 4);
         assert!(all(true)[0].captures(0).is_none(), "the first stage embeds again");
@@ -170,21 +171,21 @@ mod tests {
         let kept = [Kept { layer: 3, documents: 0..4 }];
         let needs = |layer: usize, _: usize| layer >= 3;
         for two_sweeps in [false, true] {
-            let routes = routes(&stations(&[2, 6], &kept), &documents(4), &needs, two_sweeps);
+            let routes = routes(&stages(&[2, 6], &kept), &documents(4), &needs, two_sweeps);
             assert_eq!((routes[0].passes(), routes[1].passes()), (0, 3 * 4));
         }
     }
 
     #[test]
     fn the_second_sweep_skips_what_is_finished() {
-        let all = routes(&stations(&[4, 6], &[]), &documents(4), &|layer, _| layer >= 3, true);
+        let all = routes(&stages(&[4, 6], &[]), &documents(4), &|layer, _| layer >= 3, true);
         assert_eq!(all[0].captures(0), Some(3));
         assert_eq!((all[0].passes(), all[1].passes()), (4 * 4 + 4, 2 * 4));
     }
 
     #[test]
     fn micro_batches_that_all_layers_have_seen_stay_out() {
-        let all = routes(&stations(&[2, 6], &[]), &documents(10), &|_, i| i >= 7, false);
+        let all = routes(&stages(&[2, 6], &[]), &documents(10), &|_, i| i >= 7, false);
         assert_eq!(passes(&all), 6 * 3);
     }
 
@@ -197,7 +198,7 @@ mod tests {
         needs: &dyn Fn(usize, usize) -> bool,
     ) -> Result<(), TestCaseError> {
         let mut sent: Vec<usize> = vec![];
-        for (station, routes) in stations(ends, kept).iter().zip(routes) {
+        for (station, routes) in stages(ends, kept).iter().zip(routes) {
             let (mut received, mut passed_on, mut captured) = (vec![], vec![], vec![]);
             for (sweep, own) in [(&routes.forward, false), (&routes.own, true)] {
                 for (i, route) in sweep.iter().enumerate() {
@@ -250,7 +251,7 @@ mod tests {
                 .map(|(layer, start, count)| Kept { layer, documents: start..(start + count).min(6) })
                 .collect();
             let needs = |layer: usize, i: usize| !done[layer] && (two_sweeps || i >= seen[layer]);
-            let routes = routes(&stations(&ends, &kept), &documents(6), &needs, two_sweeps);
+            let routes = routes(&stages(&ends, &kept), &documents(6), &needs, two_sweeps);
             follow(&ends, &kept, &routes, 6, &needs)?;
         }
     }

@@ -1,4 +1,4 @@
-//! In which order a sweep comes by which layers, with which micro-batches. Pure arithmetic.
+//! The order in which a sweep visits layers, and the micro-batches of each visit. Pure arithmetic.
 
 use std::ops::Range;
 
@@ -11,17 +11,17 @@ pub struct Visit {
     pub layer: usize,
     /// The group.
     pub group: Range<usize>,
-    /// Those of the group that come here, in order.
+    /// The micro-batches of the group that pass this layer or enter the stage here, in order.
     pub micro_batches: Vec<usize>,
-    /// Whether the layer's weights are used.
+    /// Whether the visit needs the layer's weights.
     pub needs_weights: bool,
-    /// Whether every micro-batch has passed the layer afterwards, and it is wanted.
+    /// Whether every micro-batch has passed the layer after this visit, and the sweep wants the layer then.
     pub completes: bool,
     /// Whether this is the group's first visit.
     pub begins_group: bool,
-    /// Whether it is the last.
+    /// Whether this is the group's last visit.
     pub ends_group: bool,
-    /// Whether no group comes after this one.
+    /// Whether the group is the last one.
     pub last_group: bool,
 }
 
@@ -31,8 +31,8 @@ impl Visit {
         routes[micro_batch].as_ref().expect("visits are made of routes")
     }
 
-    /// The route of its first micro-batch.
-    pub fn enters<'r>(&self, routes: &'r [Option<Route>]) -> Option<&'r Route> {
+    /// The route of the visit's first micro-batch.
+    pub fn first_route<'r>(&self, routes: &'r [Option<Route>]) -> Option<&'r Route> {
         self.micro_batches.first().map(|&i| self.route(routes, i))
     }
 }

@@ -14,28 +14,28 @@ use crate::error::{Error, Result};
 use crate::schedule::Kept;
 use crate::units::binary;
 
-/// Bytes that are read at a time; whole rows' elements.
+/// Bytes that are read at a time, a multiple of the size of every dtype.
 const READ: usize = 8 << 20;
 
-/// The kept hidden states of one run, as one rank sees them.
+/// The directory of one run's hidden states, as one rank sees it.
 pub struct States {
     /// The run's own directory.
     dir: PathBuf,
-    /// Who owns what this process writes there.
+    /// The user who owns the files that this process writes there.
     owner: u32,
     compute: Compute,
     /// Bytes of a token's hidden state.
     row: usize,
-    /// Tokens before each document, and of all.
+    /// The number of tokens before each document, and of all documents at the end.
     starts: Vec<usize>,
-    /// What can be read.
+    /// The complete files that this rank can read.
     files: Arc<Mutex<Vec<Kept>>>,
 }
 
-/// Finds out whether hidden states can be kept in `dir`.
+/// Checks that hidden states can be kept in `dir`, by writing a file there and removing it.
 ///
 /// # Errors
-/// Exit code 5 where it is not there or refuses.
+/// Exit code 5 where it does not exist or can't be written to.
 pub fn check(dir: &Path) -> Result<()> {
     if !dir.is_dir() {
         return Err(Error::run("--work-dir is not a directory on this host")
@@ -46,7 +46,8 @@ pub fn check(dir: &Path) -> Result<()> {
     tried.map_err(|e| failed("can't write in --work-dir", dir, e))
 }
 
-/// Makes a run's directory, for this user alone, where it is not there; returns who owns what is written in it.
+/// Creates a run's directory, which only this user can enter, unless it exists; returns the user who owns files that this
+/// process writes there.
 ///
 /// # Errors
 /// Exit code 5 where the file system refuses, or where others may write there.
@@ -58,7 +59,7 @@ fn make_own(dir: &Path) -> Result<u32> {
         _ => {}
     }
     let found = fs::symlink_metadata(dir).map_err(|e| failed("can't use --work-dir", dir, e))?;
-    // The user by which a file system knows this process: of root, some make nobody.
+    // The owner of a new file is the user as which the file system knows this process: some turn root into nobody.
     let probe = temporary(dir).and_then(|file| file.as_file().metadata());
     let owner = probe.map_err(|e| failed("can't write in --work-dir", dir, e))?.uid();
     if !found.is_dir() || found.uid() != owner || found.mode() & 0o022 != 0 {
@@ -102,7 +103,7 @@ impl States {
         Ok(states)
     }
 
-    /// Reads through the files of this run that lie before one of `layers`, and returns the whole ones.
+    /// Reads the files of this run with hidden states before one of `layers`, and returns those that are undamaged.
     ///
     /// # Errors
     /// Exit code 5 where the directory can't be read; a damaged file is only a warning.
@@ -126,7 +127,7 @@ impl States {
         Ok(found)
     }
 
-    /// Removes what lies before one of `layers` and is not `wanted`.
+    /// Removes the files with hidden states before one of `layers` that are not `wanted`.
     ///
     /// # Errors
     /// Exit code 5 where the directory refuses.
@@ -137,21 +138,21 @@ impl States {
         })
     }
 
-    /// Removes everything of this run.
+    /// Removes all files of this run.
     ///
     /// # Errors
     /// Exit code 5 where the directory refuses.
     pub fn clear(&self) -> Result<()> {
         self.lock().clear();
         self.remove(|_| true)?;
-        // Another rank may have files in it still, which it removes itself, or have been faster.
+        // This fails where other ranks still have files in the directory, or have removed it already.
         let _ = fs::remove_dir(&self.dir);
         Ok(())
     }
 
-    /// Begins a file on a thread of its own. When it is complete, older states of its documents are removed but for
-    /// the newest: that may be before a layer which is not finished yet. Nothing at or before layer `protected` is
-    /// removed.
+    /// Begins a file, which a thread of its own writes. When it is complete, files of the same documents before earlier
+    /// layers are removed, except for the newest of them: the layer behind that one may not be finished yet. No file before
+    /// layer `protected` or an earlier layer is removed.
     ///
     /// # Errors
     /// Exit code 5 where the system refuses a thread.
@@ -186,8 +187,8 @@ impl States {
         ((self.starts[documents.end] - self.starts[documents.start]) * self.row) as u64
     }
 
-    /// Whether a file is what its name says. One with NaN or infinity is not taken: the health check ended that run,
-    /// and when the source has been repaired they are wrong.
+    /// Whether a file is complete and has the digest that belongs to its name. A file with NaN or infinity does not count:
+    /// the health check ended the run that wrote it, and after the source has been repaired the file is wrong.
     fn is_whole(&self, kept: &Kept) -> std::io::Result<bool> {
         let (file, bytes) = (self.own_file(&self.path(kept))?, self.bytes(&kept.documents));
         if file.metadata()?.len() != bytes + DIGEST as u64 {
@@ -207,7 +208,7 @@ impl States {
         Ok(finite && digest.finalize().as_bytes() == &stored)
     }
 
-    /// Opens a file that this user wrote.
+    /// Opens a file, if it is a regular file that this user wrote.
     fn own_file(&self, path: &Path) -> std::io::Result<File> {
         let mut options = File::options();
         let file = options.read(true).custom_flags(libc::O_NOFOLLOW | libc::O_NONBLOCK).open(path)?;
@@ -222,7 +223,7 @@ impl States {
         path(&self.dir, kept)
     }
 
-    /// What a name of this run stands for.
+    /// What the file with this name holds; none for other names.
     fn parse(&self, name: &str) -> Option<Kept> {
         let numbers = name.strip_suffix(SUFFIX)?;
         let numbers: Vec<usize> = numbers.split('-').map(str::parse).collect::<Result<_, _>>().ok()?;
@@ -234,7 +235,7 @@ impl States {
         }
     }
 
-    /// Names in the run's directory; none where another rank has removed it.
+    /// The names of all files in the run's directory; none where another rank has removed it.
     fn names(&self) -> Result<Vec<String>> {
         let listed = match fs::read_dir(&self.dir) {
             Err(e) if e.kind() == std::io::ErrorKind::NotFound => return Ok(vec![]),
@@ -255,7 +256,7 @@ impl States {
     }
 }
 
-/// Bytes of hidden states that other runs have in `dir`, as far as this user may look.
+/// The bytes of hidden states of other runs in `dir`, as far as this user may read the directories.
 fn of_others(dir: &Path, own: &Path) -> u64 {
     let runs = fs::read_dir(dir).into_iter().flatten().flatten().map(|entry| entry.path());
     let others = runs.filter(|path| {
@@ -267,7 +268,7 @@ fn of_others(dir: &Path, own: &Path) -> u64 {
 }
 
 fn all_finite(rows: &[u8], compute: Compute) -> bool {
-    // The exponent's bits are all set in what is not finite.
+    // All bits of the exponent are set in NaN and infinity.
     match compute {
         Compute::Bf16 => rows.chunks_exact(2).all(|x| u16::from_le_bytes([x[0], x[1]]) & 0x7F80 != 0x7F80),
         Compute::F32 => {

@@ -1,4 +1,4 @@
-//! The names of files with hidden states, and what directories and files are treated alike with.
+//! The names of files with hidden states, their digests, and operations on single files.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -6,17 +6,22 @@ use std::path::{Path, PathBuf};
 use crate::error::Error;
 use crate::schedule::Kept;
 
+/// How the name of a run's directory begins.
 pub const PREFIX: &str = "distq-";
+/// How the name of a complete file ends.
 pub const SUFFIX: &str = ".states";
+/// How the name of a file that is being written ends.
 pub const UNFINISHED: &str = ".unfinished";
 /// Bytes of the digest at the end of a file.
 pub const DIGEST: usize = blake3::OUT_LEN;
 
+/// The path of a file in a run's directory: `LAYER-START-END.states`, where START..END are the documents.
 pub fn path(dir: &Path, Kept { layer, documents }: &Kept) -> PathBuf {
     dir.join(format!("{layer}-{}-{}{SUFFIX}", documents.start, documents.end))
 }
 
-/// The digest of a file's name and of the run's, to go on with its rows.
+/// A hasher that has already read the names of a file and of its directory. The rows follow, so that the digest of a
+/// renamed file, or of one from another run, does not match.
 pub fn seeded(path: &Path) -> blake3::Hasher {
     let mut digest = blake3::Hasher::new();
     for name in [path.parent().and_then(Path::file_name), path.file_name()].into_iter().flatten() {
@@ -25,12 +30,12 @@ pub fn seeded(path: &Path) -> blake3::Hasher {
     digest
 }
 
-/// A file of a random name that did not exist, for this user alone; removed when dropped.
+/// Creates a file of a random name that only this user can read. It is removed when dropped.
 pub fn temporary(dir: &Path) -> std::io::Result<tempfile::NamedTempFile> {
     tempfile::Builder::new().prefix(PREFIX).suffix(UNFINISHED).tempfile_in(dir)
 }
 
-/// Removes a file; on a shared disk another rank may have been faster.
+/// Removes a file. That it is gone already is no error: on a shared disk another rank may have removed it.
 pub fn remove(path: &Path) -> std::io::Result<()> {
     match fs::remove_file(path) {
         Err(e) if e.kind() == std::io::ErrorKind::NotFound => Ok(()),
@@ -38,6 +43,7 @@ pub fn remove(path: &Path) -> std::io::Result<()> {
     }
 }
 
+/// The error of an operation on `path`, with exit code 5.
 pub fn failed(what: &str, path: &Path, error: std::io::Error) -> Error {
     Error::run(format!("{what}: {error}"))
         .file(path)

@@ -1,4 +1,4 @@
-//! When hidden states are worth keeping, and what happens where they can't be.
+//! Decides which hidden states are kept in files, and what happens where the disk refuses.
 
 use std::ops::Range;
 use std::time::{Duration, Instant};
@@ -9,29 +9,30 @@ use crate::error::Result;
 use crate::job::Job;
 use crate::schedule::Kept;
 
-/// States are kept when losing them would repeat this share of all passes of micro-batches through layers.
-const WORTH: usize = 64;
+/// Hidden states are kept when a resumed run without them would repeat at least `1 / LEAST_REPETITION` of all passes of
+/// micro-batches through layers.
+const LEAST_REPETITION: usize = 64;
 
-/// Keeping may hold up the walk for this share of its time, and for [`GRACE`] besides.
-const SHARE: u32 = 20;
-const GRACE: Duration = Duration::from_secs(1);
+/// Keeping hidden states may delay the walk by `1 / DELAY_SHARE` of its time so far, and by [`DELAY_ALLOWANCE`] more.
+const DELAY_SHARE: u32 = 20;
+const DELAY_ALLOWANCE: Duration = Duration::from_secs(1);
 
-/// Decides what a stage keeps.
+/// Decides which hidden states a stage keeps.
 pub struct Keeper<'a> {
     states: Option<&'a States>,
     job: &'a Job,
-    /// States before this layer and earlier ones are needed again.
+    /// Hidden states before this layer and before earlier ones are needed again, so their files stay.
     protected: usize,
     started: Instant,
-    held_up: Duration,
-    /// The disk has refused once.
+    delay: Duration,
+    /// Whether the disk has refused once.
     given_up: bool,
 }
 
-/// Hidden states before one layer, being kept.
+/// Hidden states before one layer that are being kept.
 pub struct Keeping {
     layer: usize,
-    /// Consecutive micro-batches that are still to come, a file each.
+    /// Runs of consecutive micro-batches whose files are not complete, one file each.
     runs: Vec<Range<usize>>,
     /// Whether the run can't go on without them.
     needed: bool,
@@ -53,11 +54,11 @@ impl Keeping {
 impl<'a> Keeper<'a> {
     /// Keeps in `states`, where there is a directory for them.
     pub fn new(states: Option<&'a States>, job: &'a Job) -> Keeper<'a> {
-        let (started, held_up) = (Instant::now(), Duration::ZERO);
-        Keeper { states, job, protected: 0, started, held_up, given_up: false }
+        let (started, delay) = (Instant::now(), Duration::ZERO);
+        Keeper { states, job, protected: 0, started, delay, given_up: false }
     }
 
-    /// From now on states before `layer` and earlier ones stay.
+    /// From now on the files before `layer` and before earlier layers are not removed.
     pub fn protect(&mut self, layer: usize) {
         self.protected = layer;
     }
@@ -67,16 +68,17 @@ impl<'a> Keeper<'a> {
         self.states
     }
 
-    /// Prepares to keep these micro-batches, in their order, before `layer`: where they are `needed`, or where losing
-    /// them would repeat `passes` through a layer and that is worth it.
+    /// Prepares to keep the hidden states of these micro-batches, in their order, before `layer`. They are kept where they
+    /// are `needed`, and where a resumed run would otherwise repeat `passes` of a micro-batch through a layer and this is
+    /// more than [`LEAST_REPETITION`] allows.
     pub fn open(&self, layer: usize, micro_batches: &[usize], needed: bool, passes: usize) -> Keeping {
         let all = self.job.model.layers.len() * self.job.micro_batches.len();
-        let worth = || {
-            let allowed = self.started.elapsed() / SHARE + GRACE;
-            !self.given_up && passes * WORTH >= all && self.held_up <= allowed
+        let worthwhile = || {
+            let allowed = self.started.elapsed() / DELAY_SHARE + DELAY_ALLOWANCE;
+            !self.given_up && passes * LEAST_REPETITION >= all && self.delay <= allowed
         };
         let mut runs: Vec<Range<usize>> = Vec::new();
-        if self.states.is_some() && (needed || worth()) {
+        if self.states.is_some() && (needed || worthwhile()) {
             for &i in micro_batches {
                 match runs.last_mut() {
                     Some(run) if run.end == i => run.end += 1,
@@ -90,7 +92,8 @@ impl<'a> Keeper<'a> {
     /// Keeps a micro-batch's hidden states, where they are among those of `keeping`.
     ///
     /// # Errors
-    /// Exit code 5 where the disk refuses what is needed; otherwise that is a warning, and nothing is kept any more.
+    /// Exit code 5 where the disk refuses and the hidden states are needed. Where they are not, the refusal is a warning,
+    /// and nothing more is kept.
     pub fn keep(
         &mut self,
         keeping: &mut Keeping,
@@ -115,7 +118,8 @@ impl<'a> Keeper<'a> {
             keeping.file = Some(file);
         } else {
             keeping.runs.remove(0);
-            // A layer counts as finished only after this, so what is finished need not be forwarded again.
+            // The layer is handed to the finisher only after this. So a finished layer always has the hidden states behind
+            // it on the disk, and need not be computed again.
             match file.finish() {
                 Err(error) if keeping.needed => return Err(error),
                 Err(error) => {
@@ -125,7 +129,7 @@ impl<'a> Keeper<'a> {
                 Ok(()) => {}
             }
         }
-        self.held_up += started.elapsed();
+        self.delay += started.elapsed();
         Ok(())
     }
 }

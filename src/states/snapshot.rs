@@ -12,17 +12,17 @@ use crate::error::Result;
 use crate::schedule::Kept;
 use crate::threads;
 
-/// Micro-batches that may wait for the disk.
+/// Micro-batches whose rows may wait in memory for the disk.
 const WAITING: usize = 2;
 
-/// Hidden states on their way to a file.
+/// Hidden states that a thread writes to a file.
 pub struct Snapshot {
     rows: Sender<Vec<u8>>,
     writer: JoinHandle<Result<()>>,
 }
 
 impl Snapshot {
-    /// Begins to write.
+    /// Starts the thread that writes the file.
     ///
     /// # Errors
     /// Exit code 5 where the system refuses a thread.
@@ -32,13 +32,13 @@ impl Snapshot {
         Ok(Snapshot { rows, writer })
     }
 
-    /// Takes the rows of the next micro-batch; waits while others wait for the disk. Whether they are still wanted:
-    /// where not, [`Snapshot::finish`] says why.
+    /// Hands over the rows of the next micro-batch; waits while [`WAITING`] others wait for the disk. Returns false where
+    /// the writing thread has ended; [`Snapshot::finish`] then has its error.
     pub fn take(&self, rows: Vec<u8>) -> bool {
         self.rows.send(rows).is_ok()
     }
 
-    /// Waits until all is written.
+    /// Waits until the file is complete.
     ///
     /// # Errors
     /// Exit code 5 where the disk refused.
@@ -73,7 +73,7 @@ impl Writer {
         }
     }
 
-    /// Whether the file is complete: not where rows are missing because the run ended. Where it isn't, nothing stays.
+    /// Writes the file; returns whether it is complete. Where rows are missing because the run ended, it is removed.
     fn write(&self, rows: &Receiver<Vec<u8>>) -> std::io::Result<bool> {
         let mut file = temporary(&self.dir)?;
         let (mut digest, mut bytes) = (seeded(&self.path), 0);
@@ -90,17 +90,17 @@ impl Writer {
         Ok(true)
     }
 
-    /// Enters the new file, and removes those that nobody needs any more.
+    /// Adds the new file to the list, and removes older files that neither this process nor a resumed one needs.
     fn supersede(&self) -> Result<()> {
         let mut files = self.files.lock().expect("no holder of this lock panics");
         let older = |kept: &Kept| kept.layer < self.kept.layer && self.kept.covers(&kept.documents);
         let newest = files.iter().filter(|kept| older(kept)).map(|kept| kept.layer).max().unwrap_or(0);
-        let out = |kept: &Kept| older(kept) && kept.layer < newest && kept.layer > self.protected;
-        for kept in files.iter().filter(|kept| out(kept)) {
+        let superseded = |kept: &Kept| older(kept) && kept.layer < newest && kept.layer > self.protected;
+        for kept in files.iter().filter(|kept| superseded(kept)) {
             let path = path(&self.dir, kept);
             remove(&path).map_err(|e| failed("can't remove", &path, e))?;
         }
-        files.retain(|kept| !out(kept) && *kept != self.kept);
+        files.retain(|kept| !superseded(kept) && *kept != self.kept);
         files.push(self.kept.clone());
         Ok(())
     }

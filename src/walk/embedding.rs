@@ -1,5 +1,5 @@
-//! The first stage's hidden states: rows of the embedding, gathered by the host, on a thread of their own. They come to
-//! the walk as those of another stage would, so a card needs room for rows, not for the table.
+//! The first stage's hidden states: rows of the embedding, gathered in host memory on a thread of its own. The walk
+//! receives them as it would receive those of an earlier stage, so a GPU needs memory for these rows and not for the table.
 
 use std::convert::Infallible;
 use std::time::Instant;
@@ -8,7 +8,7 @@ use crossbeam_channel::{Receiver, Sender, select};
 use rayon::ThreadPool;
 use rayon::prelude::*;
 
-use super::crossing::Arrived;
+use super::transfer::Arrived;
 use crate::backend::{Backend, Compute};
 use crate::checkpoint::{SourceTensor, narrow, widen};
 use crate::error::Result;
@@ -16,12 +16,12 @@ use crate::job::Job;
 use crate::schedule::{Route, Routes};
 use crate::threads;
 
-/// Threads that gather: rows come out of memory faster than a layer passes them. In the common pool they would wait
-/// until others have written to their disks.
+/// Threads that gather rows. Few are enough, since gathering is faster than computing a layer. They are not those of the
+/// common pool, where they would wait for tasks that write to the disk.
 const GATHERING: usize = 4;
 
-/// Embeds every micro-batch that begins with its tokens, in the order in which the walk asks, until it has ended; returns
-/// the seconds of it.
+/// Embeds every micro-batch that enters at the first layer, in the order in which the walk takes them, until the walk has
+/// ended; returns the seconds of gathering and copying.
 pub fn embed<B: Backend>(
     backend: &B,
     job: &Job,
@@ -53,7 +53,7 @@ pub fn embed<B: Backend>(
     seconds
 }
 
-/// The embedding where it is mapped, and memory for the rows of a micro-batch.
+/// The mapped embedding, and a buffer for the rows of a micro-batch.
 struct Gather {
     pool: ThreadPool,
     table: SourceTensor,
@@ -67,7 +67,7 @@ impl Gather {
         Ok(Gather { pool, table, rows: vec![] })
     }
 
-    /// The rows of these tokens, `[tokens, hidden]` in the dtype that is computed in. Token ids are in the vocabulary.
+    /// The rows of these tokens, `[tokens, hidden]` in the compute dtype. Token ids must be in the vocabulary.
     fn rows(&mut self, ids: &[u32], compute: Compute) -> Result<&[u8]> {
         let (stored, bytes) = (self.table.dtype, self.table.bytes());
         let row = bytes.len() / self.table.shape[0];

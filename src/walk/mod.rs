@@ -1,13 +1,14 @@
-//! One rank's walk: micro-batches through the layers of its slice, layers to the finisher.
+//! The walk of one rank: passes micro-batches through the layers of its slice, and hands complete layers to the finisher.
 
-mod crossing;
 mod embedding;
 #[cfg(test)]
 mod fold_tests;
+mod hidden;
 mod run;
 mod stage;
 mod statistics;
 mod sweeps;
+mod transfer;
 mod walker;
 
 pub use stage::Stage;

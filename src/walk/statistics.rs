@@ -1,4 +1,5 @@
-//! What methods need to know of a layer's inputs, summed up and sampled while micro-batches pass.
+//! Gathers the statistics of a layer's inputs while micro-batches pass it: sums of products, maxima, squares and sampled
+//! rows.
 
 use crate::backend::{Channels, Gathered, Solver};
 use crate::error::Result;
@@ -6,26 +7,26 @@ use crate::job::Job;
 use crate::methods::SiteStatistics;
 use crate::model::{Layer, Site};
 
-/// The roles of one micro-batch's tokens, as row numbers inside it.
+/// Which rows of one micro-batch are used for what. Rows are numbered inside the micro-batch.
 struct Roles<I> {
-    /// Tokens of documents that are not held out; none where that is all of them.
+    /// Rows of documents that are not held out, for the products; none where that is all rows.
     fit: Option<(I, usize)>,
-    /// Sampled rows to choose with.
+    /// Sampled rows from which scales and codes are chosen.
     sample: Option<(I, usize)>,
-    /// Sampled rows to judge with.
+    /// Sampled rows of held-out documents, on which choices are judged.
     judge: Option<(I, usize)>,
 }
 
-/// The roles of all micro-batches.
+/// Gathers statistics with the backend, by the roles of all micro-batches' rows.
 pub struct Gathering<'a, B: Solver> {
     backend: &'a B,
     products: bool,
     roles: Vec<Roles<B::Index>>,
-    /// Rows that are sampled to choose and to judge with.
+    /// The number of sampled rows to choose with, and to judge with.
     sampled: [usize; 2],
 }
 
-/// The statistics of one layer by site, in the making.
+/// The statistics of one layer by site, while they are being gathered.
 pub struct LayerSums<B: Solver> {
     sites: Vec<B::Sums>,
 }
@@ -70,7 +71,7 @@ impl<'a, B: Solver> Gathering<'a, B> {
         Ok(LayerSums { sites: layer.sites.iter().map(sums).collect::<Result<_>>()? })
     }
 
-    /// Takes the input of a site that micro-batch `number` brings.
+    /// Adds the input `x`, `[tokens, cols]`, of a site for micro-batch `number`.
     pub fn take(
         &self,
         number: usize,

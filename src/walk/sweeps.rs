@@ -1,4 +1,4 @@
-//! What a sweep does besides computing.
+//! What each kind of sweep does with the inputs of sites, and with layers that every micro-batch has passed.
 
 use std::collections::HashSet;
 use std::sync::Arc;
@@ -9,61 +9,62 @@ use super::stage::{Stage, finisher_ended, send};
 use super::statistics::{Gathering, LayerSums};
 use crate::backend::Solver;
 use crate::error::Result;
-use crate::finish::{Event, Finished, Inputs, Lent};
+use crate::finish::{Event, FinisherWeights, InputMaxima, ToFinish};
 use crate::forward::LayerWeights;
 use crate::planner::Mode;
 use crate::record::{Observed, PartId};
 
 /// A sweep over a stage's slice.
 pub trait Sweep<B: Solver> {
-    /// Takes a site's input.
+    /// Takes the input `x` of a site.
     fn observe(&mut self, layer: usize, micro_batch: usize, site: usize, x: &B::Tensor) -> Result<()>;
-    /// Whether a layer is wanted when every micro-batch has passed it.
+    /// Whether [`Sweep::complete`] wants a layer when every micro-batch has passed it.
     fn completes(&self, layer: usize) -> bool;
-    /// May take the weights of a layer that some micro-batches are still to pass; the receiver hears nothing, and ends
-    /// when they have been given back.
+    /// Offers the weights of a layer which some micro-batches have yet to pass, so that it can be quantized early. Where
+    /// the walk has to wait for their release, returns a receiver that disconnects then.
     fn offer(&mut self, _: usize, _: &Arc<LayerWeights<B::Tensor>>) -> Result<Option<Receiver<()>>> {
         Ok(None)
     }
-    /// Takes a wanted layer.
+    /// Takes a layer that every micro-batch has passed.
     fn complete(&mut self, layer: usize, weights: Arc<LayerWeights<B::Tensor>>) -> Result<()>;
-    /// Hears that layers before `layer` have seen the first `documents` documents.
+    /// Notes that the first `documents` documents have passed all layers before `layer`.
     fn seen(&mut self, layer: usize, documents: usize) -> Result<()>;
 }
 
-/// Maximum by site. Weights are quantized whenever there is time, so that with the last micro-batch little is left.
+/// Gathers the maximum of each site's input. Weights are quantized early whenever the finisher is free, so that little is
+/// left to do after the last micro-batch.
 pub struct Maxima<'a, B: Solver> {
     stage: &'a Stage<'a, B>,
     amax: B::Amax,
-    /// The slot of the first site of each layer of the slice, and that behind the last one.
+    /// The number in `amax` of the first site of each layer of the slice, and the number of all sites at the end.
     slots: Vec<usize>,
-    /// Layers whose weights the finisher has.
-    given: HashSet<usize>,
-    /// Documents that rank 0 has been told of, through the whole slice.
-    told: usize,
-    finisher: &'a Sender<Finished<B>>,
+    /// Layers whose weights have been handed to the finisher.
+    handed_over: HashSet<usize>,
+    /// Documents that have passed the whole slice and whose maxima rank 0 has.
+    reported: usize,
+    finisher: &'a Sender<ToFinish<B>>,
 }
 
-/// Rank 0 hears of maxima when so many parts of all documents are new.
-const NEWS: usize = 64;
+/// How many times in a run, about, a stage reports its running maxima to rank 0 for the journal.
+const MAXIMA_REPORTS_PER_RUN: usize = 64;
 
 impl<'a, B: Solver> Maxima<'a, B> {
-    pub fn new(stage: &'a Stage<'a, B>, finisher: &'a Sender<Finished<B>>) -> Result<Maxima<'a, B>> {
+    pub fn new(stage: &'a Stage<'a, B>, finisher: &'a Sender<ToFinish<B>>) -> Result<Maxima<'a, B>> {
         let layers = &stage.job.model.layers[stage.slice.clone()];
         let mut slots = vec![0];
         for layer in layers {
             slots.push(slots[slots.len() - 1] + layer.sites.len());
         }
         let amax = stage.backend.amax(slots[layers.len()])?;
-        Ok(Maxima { stage, amax, slots, given: HashSet::new(), told: 0, finisher })
+        Ok(Maxima { stage, amax, slots, handed_over: HashSet::new(), reported: 0, finisher })
     }
 
-    /// `max |x|` by site of a layer, an earlier process's included, from all that were read.
+    /// `max |x|` by site of one layer, out of those of all layers. Includes what an earlier process has recorded.
     fn maxima(&self, read: &[f32], layer: usize) -> Vec<f32> {
         let place = layer - self.stage.slice.start;
         let now = &read[self.slots[place]..self.slots[place + 1]];
         let Some(before) = self.stage.job.observed.get(&layer) else { return now.to_vec() };
-        // What was recorded is finite; a NaN of now must stay one.
+        // Recorded maxima are finite. A NaN of this process must not be replaced by one.
         let largest = |(&now, &before): (&f32, &f32)| if now < before { before } else { now };
         now.iter().zip(&before.maxima).map(largest).collect()
     }
@@ -84,21 +85,22 @@ impl<B: Solver> Sweep<B> for Maxima<'_, B> {
         layer: usize,
         weights: &Arc<LayerWeights<B::Tensor>>,
     ) -> Result<Option<Receiver<()>>> {
-        if !<Self as Sweep<B>>::completes(self, layer) || self.given.contains(&layer) {
+        if !<Self as Sweep<B>>::completes(self, layer) || self.handed_over.contains(&layer) {
             return Ok(None);
         }
-        let (lent, given_back) = match self.stage.mode {
-            // They stay in any case.
-            Mode::Resident => (Lent::new(weights.clone()), None),
+        let (held, released) = match self.stage.mode {
+            // The walk keeps these weights anyway, so it does not wait for their release.
+            Mode::Resident => (FinisherWeights::new(weights.clone()), None),
             Mode::Streamed | Mode::Spilled => {
-                let (lent, given_back) = Lent::awaited(weights.clone());
-                (lent, Some(given_back))
+                let (held, released) = FinisherWeights::with_release(weights.clone());
+                (held, Some(released))
             }
         };
-        match self.finisher.try_send(Finished::Max { layer, weights: Some(lent), inputs: Inputs::Unknown }) {
+        let message = ToFinish::MaxScales { layer, weights: Some(held), inputs: InputMaxima::NotYetKnown };
+        match self.finisher.try_send(message) {
             Ok(()) => {
-                self.given.insert(layer);
-                Ok(given_back)
+                self.handed_over.insert(layer);
+                Ok(released)
             }
             Err(TrySendError::Full(_)) => Ok(None),
             Err(TrySendError::Disconnected(_)) => Err(finisher_ended()),
@@ -107,33 +109,33 @@ impl<B: Solver> Sweep<B> for Maxima<'_, B> {
 
     fn complete(&mut self, layer: usize, weights: Arc<LayerWeights<B::Tensor>>) -> Result<()> {
         let maxima = self.maxima(&self.stage.backend.read_amax(&self.amax)?, layer);
-        let weights = (!self.given.contains(&layer)).then(|| Lent::new(weights));
-        send(self.finisher, Finished::Max { layer, weights, inputs: Inputs::Maxima(maxima) })
+        let weights = (!self.handed_over.contains(&layer)).then(|| FinisherWeights::new(weights));
+        send(self.finisher, ToFinish::MaxScales { layer, weights, inputs: InputMaxima::Known(maxima) })
     }
 
     fn seen(&mut self, layer: usize, documents: usize) -> Result<()> {
         let Stage { backend, job, slice, outbox, .. } = self.stage;
         let (whole, all) = (layer == slice.end, job.lengths.len());
-        if whole && documents < all && (documents - self.told) * NEWS < all {
+        if whole && documents < all && (documents - self.reported) * MAXIMA_REPORTS_PER_RUN < all {
             return Ok(());
         }
         let read = backend.read_amax(&self.amax)?;
         for layer in (slice.start..layer).filter(|&layer| self.completes(layer)) {
             let before = job.observed.get(&layer).map_or(0, |observed| observed.documents);
             let (documents, maxima) = (documents.max(before), self.maxima(&read, layer));
-            // What is not finite ends the run, and can't be written as JSON.
+            // JSON has no numbers for maxima that are not finite; the health check ends the run because of them.
             if maxima.iter().all(|x| x.is_finite()) {
                 outbox.event(Event::Observed(Observed { layer, documents, maxima }))?;
             }
         }
         if whole {
-            self.told = documents;
+            self.reported = documents;
         }
         Ok(())
     }
 }
 
-/// Computes, and nothing else.
+/// Computes hidden states and gathers nothing.
 pub struct Forward;
 
 impl<B: Solver> Sweep<B> for Forward {
@@ -154,16 +156,16 @@ impl<B: Solver> Sweep<B> for Forward {
     }
 }
 
-/// Full statistics, one layer at a time.
+/// Gathers the full statistics of one layer at a time.
 pub struct Statistics<'a, B: Solver> {
     stage: &'a Stage<'a, B>,
     gathering: Gathering<'a, B>,
     sums: Option<LayerSums<B>>,
-    finisher: &'a Sender<Finished<B>>,
+    finisher: &'a Sender<ToFinish<B>>,
 }
 
 impl<'a, B: Solver> Statistics<'a, B> {
-    pub fn new(stage: &'a Stage<'a, B>, finisher: &'a Sender<Finished<B>>) -> Result<Statistics<'a, B>> {
+    pub fn new(stage: &'a Stage<'a, B>, finisher: &'a Sender<ToFinish<B>>) -> Result<Statistics<'a, B>> {
         let gathering = Gathering::new(stage.backend, stage.job)?;
         Ok(Statistics { stage, gathering, sums: None, finisher })
     }
@@ -178,7 +180,7 @@ impl<B: Solver> Sweep<B> for Statistics<'_, B> {
         if self.sums.is_none() {
             self.sums = Some(self.gathering.layer(&job.model.layers[layer])?);
         }
-        let sums = self.sums.as_mut().expect("just made");
+        let sums = self.sums.as_mut().expect("set above");
         self.gathering.take(micro_batch, site, x, job.model.layers[layer].sites[site].features, sums)
     }
 
@@ -188,11 +190,12 @@ impl<B: Solver> Sweep<B> for Statistics<'_, B> {
 
     fn complete(&mut self, layer: usize, weights: Arc<LayerWeights<B::Tensor>>) -> Result<()> {
         let Some(sums) = self.sums.take() else { return Ok(()) };
-        // One layer's statistics at a time: they are larger than its weights.
-        let (weights, given_back) = Lent::awaited(weights);
+        // Waits until the layer is quantized: statistics are larger than weights, and memory is planned for those of one
+        // layer.
+        let (weights, released) = FinisherWeights::with_release(weights);
         let statistics = self.gathering.finish(sums)?;
-        send(self.finisher, Finished::Chosen { layer, statistics, weights })?;
-        let _ = given_back.recv();
+        send(self.finisher, ToFinish::WithStatistics { layer, statistics, weights })?;
+        let _ = released.recv();
         Ok(())
     }
 

@@ -1,5 +1,5 @@
-//! Hidden states between the device and other ranks, each way on a thread of its own: while some are copied, the
-//! forward pass goes on with others.
+//! Hidden states between the device and other ranks. Each direction has a thread of its own, so that those of some
+//! micro-batches are copied while the forward pass computes others.
 
 use std::convert::Infallible;
 use std::time::Instant;
@@ -11,25 +11,26 @@ use crate::cluster::{Frame, spare};
 use crate::error::{Error, Result};
 use crate::finish::{Hidden, Outbox};
 
-/// Hidden states that have been copied to the device, or are ready to leave it, and wait for their turn.
+/// Micro-batches whose hidden states may wait in each channel: copied to the device before the walk takes them, or ready
+/// to be copied from it.
 pub const WAITING: usize = 1;
 
-/// A micro-batch's hidden states on the device, from the stage before or the embedding.
+/// The number of a micro-batch and its hidden states on the device, from the stage before or the embedding.
 pub type Arrived<T> = Result<(usize, T)>;
 
-/// A micro-batch's hidden states on the device, for the stage behind.
+/// A micro-batch's hidden states on the device, for the next stage.
 pub struct Departing<B: Backend> {
-    /// Which one.
+    /// Which micro-batch.
     pub micro_batch: usize,
-    /// A copy that nobody else uses.
+    /// A copy that nothing else uses.
     pub states: B::Tensor,
-    /// When it was made.
+    /// The moment at which the copy is complete.
     pub since: B::Moment,
-    /// Its bytes.
+    /// The number of its bytes.
     pub bytes: usize,
 }
 
-/// Copies what comes to the device, in order, until the walk has ended; returns the seconds of copying.
+/// Copies received hidden states to the device, in order, until the walk has ended; returns the seconds of copying.
 pub fn arrivals<B: Backend>(
     backend: &B,
     cols: usize,
@@ -56,8 +57,8 @@ pub fn arrivals<B: Backend>(
     }
 }
 
-/// Copies hidden states from the device and passes them on, in order, until the walk has ended; returns the seconds of
-/// it, without the waiting for the device to make them.
+/// Copies hidden states from the device and sends them to the next stage, in order, until the walk has ended; returns the
+/// seconds of copying and sending. The time in which the device computes them is not counted.
 ///
 /// # Errors
 /// Exit code 5: a device that fails.
@@ -69,7 +70,7 @@ pub fn departures<B: Backend>(
     let mut seconds = 0.0;
     for Departing { micro_batch, states, since, bytes } in departing {
         let mut bytes = spare::take(bytes);
-        // Waits until they are there.
+        // Waits until the device has computed them.
         backend.seconds(&since, &since)?;
         let started = Instant::now();
         backend.download_as_of(&since, &states, &mut bytes)?;
@@ -79,18 +80,21 @@ pub fn departures<B: Backend>(
     Ok(seconds)
 }
 
-/// The walk's ends of both.
-pub struct Crossing<B: Backend> {
-    /// From the stage before or the embedding, in micro-batch order.
+/// The walk's ends of the channels to both threads.
+pub struct Transfer<B: Backend> {
+    /// Hidden states from the stage before or the embedding, in micro-batch order.
     pub arrived: Receiver<Arrived<B::Tensor>>,
-    /// To the stage behind.
+    /// Hidden states for the next stage.
     pub departing: Sender<Departing<B>>,
 }
 
-impl<B: Backend> Crossing<B> {
-    /// The next micro-batch that comes, which is `micro_batch`, into `state`.
-    pub fn enter(&self, backend: &B, micro_batch: usize, state: &mut B::Tensor) -> Result<()> {
-        let ended = |_| Error::run("what brings hidden states ended early");
+impl<B: Backend> Transfer<B> {
+    /// Waits for the next hidden states, which must be those of `micro_batch`, and copies them into `state`.
+    ///
+    /// # Errors
+    /// Exit code 5 where the thread that brings them failed, or where they are those of another micro-batch.
+    pub fn receive(&self, backend: &B, micro_batch: usize, state: &mut B::Tensor) -> Result<()> {
+        let ended = |_| Error::run("the thread that brings hidden states ended early");
         let (number, states) = self.arrived.recv().map_err(ended)??;
         if number != micro_batch {
             return Err(Error::run(format!(
@@ -100,8 +104,11 @@ impl<B: Backend> Crossing<B> {
         backend.copy(&states, state)
     }
 
-    /// Sends a micro-batch's hidden states, `[rows, cols]`, to the stage behind, as they are now.
-    pub fn pass_on(
+    /// Sends a copy of a micro-batch's hidden states, `[rows, cols]`, to the next stage.
+    ///
+    /// # Errors
+    /// Exit code 5 where the device has no memory for it, or the sending thread failed.
+    pub fn send(
         &self,
         backend: &B,
         micro_batch: usize,
@@ -113,6 +120,6 @@ impl<B: Backend> Crossing<B> {
         let since = backend.moment()?;
         let bytes = rows * cols * backend.compute().bytes();
         let sent = self.departing.send(Departing { micro_batch, states, since, bytes });
-        sent.map_err(|_| Error::run("the thread that passes hidden states on ended early"))
+        sent.map_err(|_| Error::run("the thread that sends hidden states ended early"))
     }
 }
