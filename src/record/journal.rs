@@ -57,15 +57,7 @@ impl History {
                 .file(&path)
                 .fix("start again with --overwrite")
         };
-        let mut bytes = vec![];
-        // The name may lead to something else: a directory, or a pipe, which would wait for a writer.
-        let opened =
-            OpenOptions::new().read(true).custom_flags(libc::O_NOFOLLOW | libc::O_NONBLOCK).open(&path);
-        match opened.and_then(|file| file.take(LONGEST).read_to_end(&mut bytes)) {
-            Ok(_) => {}
-            Err(e) if e.kind() == ErrorKind::NotFound => return Err(unusable("it has no journal")),
-            Err(e) => return Err(failed("can't read the journal", &path, e)),
-        }
+        let bytes = bytes_of(&path)?.ok_or_else(|| unusable("it has no journal"))?;
         let mut seal = String::new();
         let mut lines = bytes.split_inclusive(|&byte| byte == b'\n').map_while(|line| {
             let text;
@@ -109,6 +101,18 @@ impl History {
             }
         }
         Ok(history)
+    }
+}
+
+/// The bytes of a journal, [`LONGEST`] at most; none where there is no such file.
+fn bytes_of(path: &Path) -> Result<Option<Vec<u8>>> {
+    let mut bytes = vec![];
+    // The name may lead to something else: a directory, or a pipe, which would wait for a writer.
+    let opened = OpenOptions::new().read(true).custom_flags(libc::O_NOFOLLOW | libc::O_NONBLOCK).open(path);
+    match opened.and_then(|file| file.take(LONGEST).read_to_end(&mut bytes)) {
+        Ok(_) => Ok(Some(bytes)),
+        Err(e) if e.kind() == ErrorKind::NotFound => Ok(None),
+        Err(e) => Err(failed("can't read the journal", path, e)),
     }
 }
 
