@@ -1,11 +1,11 @@
-//! Each rank's device: which GPU is whose, by what all ranks of a host see.
+//! Opens each rank's device. The ranks of a host divide its GPUs according to which of them each rank sees.
 
 use crate::backend::{Compute, Device, DeviceChoice, cuda};
 use crate::cluster::Cluster;
 use crate::error::{Error, Result};
 
-/// Opens this rank's device: a GPU that no other rank of its host has, or the CPU. A rank that computes on the CPU beside
-/// others on GPUs is told of.
+/// Opens this rank's device: a GPU that no other rank of its host has, or the CPU. Warns of ranks that compute on the
+/// CPU while others compute on GPUs.
 ///
 /// # Errors
 /// Exit code 5, the same on every rank, where a device can't be had or used.
@@ -48,8 +48,8 @@ pub fn open_device(
     Ok(device)
 }
 
-/// Which of the GPUs that it sees each rank of a host gets, so that none has two ranks and as many ranks as possible have
-/// one. Ranks that see the same ones get them in order.
+/// Which of the GPUs that it sees each rank of a host gets, so that none has two ranks and as many ranks as possible
+/// have one. Ranks that see the same ones get them in order.
 fn own_gpus(seen: &[&[String]]) -> Vec<Option<usize>> {
     let mut own = vec![None; seen.len()];
     for rank in 0..seen.len() {

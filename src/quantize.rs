@@ -158,8 +158,8 @@ fn prepare(cluster: &Cluster, options: &Options) -> Result<Prepared> {
     Ok(Prepared { job, machine, device, plan, placement, files, root, states, routes, summary })
 }
 
-/// Checks that the output, the reports and hidden states can be written where they should be, before anything that takes
-/// long. Rank 0 gets the output's directory.
+/// Checks that the output, the reports and hidden states can be written where they should be, before anything that
+/// takes long. Rank 0 gets the output's directory.
 fn check_places(cluster: &Cluster, options: &Options) -> Result<Option<OutputDir>> {
     let mut dir = None;
     cluster.from_root(|| {

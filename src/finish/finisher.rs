@@ -56,7 +56,7 @@ pub struct FinisherWeights<B: Solver> {
 }
 
 impl<B: Solver> FinisherWeights<B> {
-    /// Weights whose release nobody waits for.
+    /// Weights for whose release the walk does not wait.
     pub fn new(weights: Arc<LayerWeights<B::Tensor>>) -> FinisherWeights<B> {
         FinisherWeights { weights, release: None }
     }
@@ -342,7 +342,8 @@ impl<B: Solver> Finisher<'_, B> {
         Ok(())
     }
 
-    /// A buffer for `bytes` bytes: that of an earlier tensor of this length where one has been placed, a new one otherwise.
+    /// A buffer for `bytes` bytes: that of an earlier tensor of this length where one has been placed, a new one
+    /// otherwise.
     fn spare(&mut self, bytes: usize) -> Vec<u8> {
         for spare in self.placed.try_iter() {
             self.spare.entry(spare.len()).or_default().push(spare);

@@ -39,8 +39,8 @@ impl Stored {
         self.norms[norm].as_ref().map_or(x, |(dtype, _)| stored(*dtype, x))
     }
 
-    /// Whether an element of a linear's bias stays finite in its dtype when it is multiplied by a factor. True where the
-    /// linear has no bias.
+    /// Whether an element of a linear's bias stays finite in its dtype when it is multiplied by a factor. True where
+    /// the linear has no bias.
     pub fn holds(&self, linear: usize, row: usize, factor: f32) -> bool {
         let bias = &self.biases[linear];
         bias.as_ref().is_none_or(|(dtype, bias)| stored(*dtype, bias[row] * factor).is_finite())

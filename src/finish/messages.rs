@@ -72,8 +72,8 @@ impl Outbox {
         self.main.send(peer, Tag::Hidden, Frame { head: micro_batch.to_le_bytes().to_vec(), body: bytes })
     }
 
-    /// Passes the result of a thread through, and reports a failure to the main thread at once: threads that wait for this
-    /// one may notice its end much later.
+    /// Passes the result of a thread through, and reports a failure to the main thread at once: threads that wait for
+    /// this one may notice its end much later.
     pub fn report_failure<T>(&self, result: Result<T>) -> Result<T> {
         result.inspect_err(|error| self.main.fail(error))
     }

@@ -1,4 +1,5 @@
-//! From a layer's weights and statistics to its tensors in the output: quantizing, writing or sending, and reading back.
+//! From a layer's weights and statistics to its tensors in the output: quantizing, writing or sending, and reading
+//! back.
 
 mod finisher;
 mod folding;

@@ -91,8 +91,8 @@ impl Placer<'_> {
         Ok(digest)
     }
 
-    /// Places a tensor of the source; returns its digest. Where this rank writes the output, the mapped bytes are written
-    /// without a copy in memory: an embedding may have gigabytes.
+    /// Places a tensor of the source; returns its digest. Where this rank writes the output, the mapped bytes are
+    /// written without a copy in memory: an embedding may have gigabytes.
     fn copied(&self, source: &SourceTensor) -> Result<String> {
         finite(self.job, source)?;
         let digest = digest(source.bytes());

@@ -1,5 +1,5 @@
-//! Verifies finished layers on rank 0 while other layers are still being computed. Only used where a GPU computes, since
-//! the CPU's cores are idle then.
+//! Verifies finished layers on rank 0 while other layers are still being computed. Only used where a GPU computes,
+//! since the CPU's cores are idle then.
 
 use std::collections::HashSet;
 use std::thread::JoinHandle;
@@ -21,8 +21,8 @@ pub struct Prover {
 }
 
 impl Prover {
-    /// Starts the thread. `written_here` are the ranks whose tensors this host writes; layers of other ranks are left to
-    /// [`Proof::finish`].
+    /// Starts the thread. `written_here` are the ranks whose tensors this host writes; layers of other ranks are left
+    /// to [`Proof::finish`].
     ///
     /// # Errors
     /// Exit code 5 where the system refuses a thread.

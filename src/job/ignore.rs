@@ -1,4 +1,4 @@
-//! Which linears stay in their source dtype, and how the output says so.
+//! Finds the linears that stay in their source dtype, and how config.json of the output names them.
 
 use std::collections::BTreeSet;
 
@@ -48,8 +48,8 @@ pub fn ignored_modules(
 
 /// What `ignore` in config.json says of the modules `ignored`: their names, and of a wrapped decoder more.
 ///
-/// Engines name the modules of a class around the decoder otherwise than its files do, and each otherwise than the next.
-/// There the list has, beside each name, a pattern of the end that all names share, and a pattern for each of the
+/// Engines name the modules of a class around the decoder otherwise than its files do, and each otherwise than the
+/// next. There the list has, beside each name, a pattern of the end that all names share, and a pattern for each of the
 /// modules around the decoder that the `carried` tensors belong to.
 pub fn entries(
     model: &Model,

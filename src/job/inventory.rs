@@ -1,5 +1,5 @@
-//! What goes in and what comes out: every source tensor checked against the model, every output tensor
-//! named, sized and given to the layer that makes it. From headers alone.
+//! The tensors of the source and of the output. Every source tensor is checked against the model, and every output
+//! tensor gets a name, a size and the part of the model that it belongs to. Reads headers alone.
 
 use std::collections::BTreeSet;
 
@@ -20,27 +20,27 @@ use crate::record::PartId;
 /// The tensors of one part of the model: the embedding, a layer, or what follows the layers.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct Part {
-    /// Source tensors that are carried over byte for byte.
+    /// Source tensors that are copied byte for byte.
     pub copied: Vec<String>,
-    /// Sites of the layer.
+    /// The number of the layer's sites.
     pub sites: usize,
     /// Linears to quantize, by site.
     pub quantized: Vec<Group>,
     /// Bytes of all source tensors.
     pub source_bytes: u64,
-    /// Everything that is written.
+    /// All output tensors.
     pub outputs: Vec<OutTensor>,
 }
 
 impl Part {
-    /// Adds a tensor that is carried over.
+    /// Adds a tensor that is copied.
     fn add_copy(&mut self, name: &str, entry: &Entry) {
         self.source_bytes += entry.bytes;
         self.outputs.push(OutTensor::new(name, entry.dtype, &entry.shape));
         self.copied.push(name.to_string());
     }
 
-    /// Bytes of everything that is written.
+    /// Bytes of all output tensors.
     pub fn output_bytes(&self) -> u64 {
         self.outputs.iter().map(OutTensor::bytes).sum()
     }
@@ -55,7 +55,7 @@ pub struct Inventory {
     pub layers: Vec<Part>,
     /// The final norm and lm_head, which the last stage owns.
     pub tail: Part,
-    /// Modules left unquantized: what config.json of the output lists.
+    /// Modules that are not quantized, as config.json of the output lists them.
     pub ignored: Vec<String>,
     /// The dtype in which activations are computed.
     pub compute: Compute,
@@ -226,8 +226,8 @@ impl Builder<'_> {
     }
 }
 
-/// Checks every tensor of the model, and that there is no other, which would be lost without a word. Returns their
-/// names.
+/// Checks every tensor of the model, and that the source has no other tensor, which would be missing from the output.
+/// Returns their names.
 fn check(checkpoint: &Checkpoint, model: &Model) -> Result<BTreeSet<String>> {
     let mut seen = BTreeSet::new();
     for spec in model.tensors() {

@@ -1,18 +1,18 @@
-//! How many floating-point operations a decoder layer takes: what the planner weighs, and what the probe's
-//! time is divided by.
+//! How many floating-point operations a decoder layer takes. The planner computes expected times from them, and the
+//! probe divides its operations by the time that they took, to get a rate.
 
 use crate::calibration::Sampling;
 use crate::methods::Method;
 use crate::model::Layer;
 use crate::planner::Operations;
 
-/// What one layer takes under `method`.
+/// The operations of one layer under `method`.
 pub fn operations(layer: &Layer, method: Method) -> Operations {
     let squares: usize = layer.sites.iter().map(|site| site.features.pow(2)).sum();
     let attention = layer.attention().map(|attention| &attention.form);
     Operations {
         token: 2.0 * layer.weights() as f64,
-        // Scores, and the sum of values that they weigh.
+        // Attention scores, and the sum of values weighted with them.
         pair: attention.clone().map(|form| 4.0 * form.queries() as f64).sum::<f64>(),
         window: attention.filter_map(|form| form.window).min(),
         statistics: if method.needs_products() { 2.0 * squares as f64 } else { 0.0 },
@@ -20,9 +20,11 @@ pub fn operations(layer: &Layer, method: Method) -> Operations {
     }
 }
 
-/// Choosing a layer's codes. Max scales look at each weight once. Everything else multiplies sampled rows with
-/// the weights: to judge a fold (the outputs, no fold and six candidates), max scales and codes (the outputs, and each
-/// kind of codes), and with `guard` the folds of o and down again, which are a third of the weights. GPTQ factors a Hessian and feeds every column's error back.
+/// The operations of choosing a layer's codes. Max scales read each weight once. Other methods multiply sampled rows
+/// with the weights once for each thing that is judged: a fold (the source's outputs, no fold and six candidates), max
+/// scales and codes (the source's outputs, and each kind of codes), and with `guard` the folds of o and down again,
+/// which are a third of the weights. GPTQ also factors a Hessian, and propagates the error of every column to later
+/// columns.
 fn solving(layer: &Layer, method: Method) -> f64 {
     let weights = layer.weights() as f64;
     if !method.needs_statistics() {

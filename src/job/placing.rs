@@ -105,7 +105,7 @@ fn prepare(
     // Before the files: a run that dies while it reserves space can be resumed.
     let begun = (!dir.resumed).then(|| Journal::create(&dir.partial, fingerprint)).transpose()?;
     let files = OutputFiles::create(&dir.partial, placement).inspect_err(|_| {
-        // Nothing was computed yet, so nothing is worth resuming.
+        // Nothing has been computed yet, so there is nothing that a resumed run could use.
         if !dir.resumed {
             dir.discard();
         }
@@ -165,7 +165,7 @@ fn run_of(nonce: &str) -> &str {
     nonce.split(|c: char| !c.is_ascii_hexdigit()).next().unwrap_or_default()
 }
 
-/// Whether the files hold what the record says.
+/// Whether the tensors of a part in the files have the recorded digests.
 fn is_whole(files: &OutputFiles, part: &Part, record: &PartRecord) -> Result<bool> {
     for (tensor, recorded) in part.outputs.iter().zip(&record.digests) {
         if digest(&files.read(&tensor.name)?) != *recorded {

@@ -1,5 +1,5 @@
-//! How fast this rank's device is at what a run consists of, measured briefly: one made-up decoder layer of the
-//! model's proportions, by the code that computes the real ones.
+//! Measures for a short time how fast this rank's device is. One decoder layer of random weights, with the model's
+//! proportions, is computed and quantized by the code that handles the real layers.
 
 use std::time::Instant;
 
@@ -28,13 +28,13 @@ pub struct Rates {
     pub solving: f64,
 }
 
-/// What is measured.
+/// What to measure with.
 pub struct Probe<'a> {
     /// The model.
     pub model: &'a Model,
     /// How codes are chosen.
     pub method: Method,
-    /// Whether inputs are quantized when served.
+    /// Whether engines quantize the inputs of linears when they run the model.
     pub quantized_inputs: bool,
     /// Tokens of the calibration documents.
     pub lengths: &'a [usize],
@@ -46,17 +46,17 @@ pub struct Probe<'a> {
 /// on a device that `tokens` suit.
 const WEIGHTS: usize = 1 << 14;
 
-/// Choosing codes takes this many times longer, so that layer is as many times smaller.
+/// Choosing codes takes this many times longer than the forward pass, so its layer is this many times smaller.
 const SMALLER: usize = 8;
 
-/// Seconds of choosing codes that say enough.
+/// A measurement of choosing codes that takes at least these seconds is precise enough.
 const ENOUGH: f64 = 0.1;
 
-/// How much larger the next layer is where they do not, and the weights beyond which none is made up.
+/// Where it took less, the next measurement has a layer this many times larger, up to this many weights.
 const LARGER: usize = 8;
 const LARGEST: usize = 1 << 26;
 
-/// Milliseconds of repetitions.
+/// Milliseconds for which a measurement is repeated.
 const LONG_ENOUGH: u128 = 60;
 
 impl OnBackend for Probe<'_> {
@@ -118,7 +118,7 @@ impl Probe<'_> {
     }
 }
 
-/// The shortest of a few: what else runs on the machine at start should not decide the plan.
+/// The shortest of a few measurements, so that other programs that run for a moment do not influence the plan.
 fn fastest(mut once: impl FnMut() -> Result<()>) -> Result<f64> {
     once()?;
     let (begun, mut best) = (Instant::now(), f64::INFINITY);
@@ -135,7 +135,7 @@ fn add<B: Backend>(backend: &B, x: &B::Tensor, (sums, products): &mut (B::Sums, 
     if *products { backend.add_products(x, sums) } else { Ok(()) }
 }
 
-/// A layer, hidden states to walk through it, and what they need.
+/// A layer, hidden states to pass it, and the memory that this needs.
 struct Sample<'a, B: Backend> {
     backend: &'a B,
     model: &'a Model,
@@ -170,7 +170,7 @@ impl<'a, B: Solver> Sample<'a, B> {
         Ok(Sample { backend, model, decoder, batch, weights, work, x })
     }
 
-    /// One pass, waited for.
+    /// One pass through the layer; waits until the device has completed it.
     fn pass(&mut self, take: &mut dyn FnMut(usize, &B::Tensor) -> Result<()>) -> Result<()> {
         let layer = &self.model.layers[0];
         let mut maxima = self.backend.amax(layer.sites.len())?;
@@ -189,7 +189,7 @@ impl<'a, B: Solver> Sample<'a, B> {
         self.model.layers[0].sites.iter().map(sums).collect()
     }
 
-    /// Chooses the layer's codes by its statistics; returns the seconds.
+    /// Chooses the layer's codes from its statistics; returns the seconds.
     fn solve(&mut self, probe: &Probe<'_>) -> Result<f64> {
         let (backend, model) = (self.backend, self.model);
         let mut sums = self.sums(probe.method)?;
@@ -243,8 +243,8 @@ impl<'a, B: Solver> Sample<'a, B> {
                 let global = GlobalScale::from_amax(maxima.into_iter().fold(0.0, f32::max));
                 for (spec, linear) in group.members.iter().zip(linears()) {
                     let elements = spec.rows * spec.cols;
-                    let lent = std::mem::take(&mut spare);
-                    spare = quantize_linear(self.backend, linear, elements, global, lent)?;
+                    let buffers = std::mem::take(&mut spare);
+                    spare = quantize_linear(self.backend, linear, elements, global, buffers)?;
                 }
             }
             Ok(())
@@ -252,7 +252,7 @@ impl<'a, B: Solver> Sample<'a, B> {
     }
 }
 
-/// Values around `mean` in the compute dtype: a short sequence of noise, again and again.
+/// Values around `mean` in the compute dtype: a short sequence of noise, repeated.
 fn noise<B: Backend>(backend: &B, elements: usize, mean: f32, scale: f32) -> Vec<u8> {
     // A prime, so that rows differ.
     let mut state = 1u32;

@@ -85,8 +85,8 @@ pub fn survey(
     Ok(Survey { checkpoint, model, inventory, weights, machine, device, micro_batches, plan, notes })
 }
 
-/// Opens the model on every rank, and makes sure that all see the same one. The last value has the digest of a sample of
-/// the weights for each part of the model.
+/// Opens the model on every rank, and makes sure that all see the same one. The last value has the digest of a sample
+/// of the weights for each part of the model.
 fn open_everywhere(
     cluster: &Cluster,
     options: &PlanOptions,
@@ -107,9 +107,9 @@ fn open_everywhere(
     Ok((checkpoint, model, inventory, weights))
 }
 
-/// This rank's machine and its open device. The last value is the memory of the host in bytes where the device is a card
-/// with memory of its own, and 0 otherwise: such a host keeps files and hidden states in memory that the card does not
-/// use.
+/// This rank's machine and its open device. The last value is the memory of the host in bytes where the device is a
+/// card with memory of its own, and 0 otherwise: such a host keeps files and hidden states in memory that the card does
+/// not use.
 fn open_machine(
     cluster: &Cluster,
     options: &PlanOptions,
@@ -139,9 +139,9 @@ fn open_machine(
     Ok((machine, device, host_memory))
 }
 
-/// Measures this rank's rates. Ranks of one kind are equal machines, and what they measure differs by noise alone, which
-/// the plan should not show: they get the mean of their rates, and all ranks of a host the mean of its reading rates.
-/// Where equal ranks outnumber the cores, only as many of them measure as the cores serve at once.
+/// Measures this rank's rates. Ranks of one kind are equal machines, and what they measure differs by noise alone,
+/// which the plan should not show: they get the mean of their rates, and all ranks of a host the mean of its reading
+/// rates. Where equal ranks outnumber the cores, only as many of them measure as the cores serve at once.
 fn measure(
     cluster: &Cluster,
     machine: &Machine,
@@ -194,8 +194,8 @@ fn mean(values: impl Iterator<Item = f64> + Clone) -> f64 {
     values.clone().sum::<f64>() / values.count() as f64
 }
 
-/// Plans for machines that are described and need not exist, on this machine alone. `links` are the rates of their links
-/// in bytes/s, one for all or one for each. The model's config.json is enough: weights need not exist either.
+/// Plans for machines that are described and need not exist, on this machine alone. `links` are the rates of their
+/// links in bytes/s, one for all or one for each. The model's config.json is enough: weights need not exist either.
 ///
 /// # Errors
 /// Exit codes 2, 3 and 4.

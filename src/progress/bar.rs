@@ -14,8 +14,8 @@ const LINE_EVERY: Duration = Duration::from_secs(10);
 /// The bar that is shown on the terminal, for [`Progress::clear`].
 static SHOWN: OnceLock<ProgressBar> = OnceLock::new();
 
-/// The time for a launcher to pass on to the terminal that the bar is removed. The next message goes through another pipe of
-/// the launcher and could otherwise arrive first.
+/// The time for a launcher to pass on to the terminal that the bar is removed. The next message goes through another
+/// pipe of the launcher and could otherwise arrive first.
 const PASSING_ON: Duration = Duration::from_millis(50);
 
 /// Steps of equal length towards a known total.
@@ -113,7 +113,7 @@ impl Progress {
         self.steps.finish();
     }
 
-    /// Removes the bar, if one is shown, for good. May be called from any thread.
+    /// Removes the bar, if one is shown, and shows none again. May be called from any thread.
     pub fn clear() {
         if let Some(bar) = SHOWN.get().filter(|bar| !bar.is_finished()) {
             bar.finish_and_clear();

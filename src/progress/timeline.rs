@@ -36,12 +36,13 @@ pub struct Timeline {
     bars: Mutex<Vec<Bar>>,
 }
 
-/// Micro-batches of one layer are one bar where the seconds between them are fewer than this, which is too short to be seen
-/// in the picture.
+/// Micro-batches of one layer are one bar where the seconds between them are fewer than this, which is too short to be
+/// seen in the picture.
 const GAP: f64 = 0.0005;
 
 impl Timeline {
-    /// Begins at zero. Ranks call this when they leave a barrier together, so their zeros agree without comparing clocks.
+    /// Begins at zero. Ranks call this when they leave a barrier together, so their zeros agree without comparing
+    /// clocks.
     pub fn begin() -> Timeline {
         Timeline { zero: Instant::now(), bars: Mutex::default() }
     }

@@ -1,9 +1,9 @@
 //! The journal of a run: what it was asked to do, and every part that is finished.
 //!
 //! One JSON object a line, appended by rank 0 only, in `OUT.partial/`. The first line is the run's
-//! [`Fingerprint`]; each further line is a finished [`PartRecord`], or the running maxima of a layer ([`Observed`]). Each ends
-//! with a digest of itself and of the line before. With the first line that is not what its digest says (cut short by a
-//! crash, damaged, out of place) the history ends, so what it and later lines say is simply done again.
+//! [`Fingerprint`]; each further line is a finished [`PartRecord`], or the running maxima of a layer ([`Observed`]).
+//! Each ends with a digest of itself and of the line before. With the first line that is not what its digest says (cut
+//! short by a crash, damaged, out of place) the history ends, so what it and later lines say is simply done again.
 
 use std::fs::{File, OpenOptions};
 use std::io::{ErrorKind, Read, Write};
@@ -133,8 +133,8 @@ impl Journal {
         Journal::begin(dir.join(JOURNAL), fingerprint, &History::default())
     }
 
-    /// Continues the journal in `dir`, of which `known` was read and is still true. The new journal is written beside the
-    /// old one and replaces it by a rename when it is on the disk, so that there is a complete one at any moment.
+    /// Continues the journal in `dir`, of which `known` was read and is still true. The new journal is written beside
+    /// the old one and replaces it by a rename when it is on the disk, so that there is a complete one at any moment.
     ///
     /// # Errors
     /// Exit code 5 where the disk refuses.

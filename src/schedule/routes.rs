@@ -1,5 +1,6 @@
-//! Finds which layers of each stage every micro-batch passes, and where its hidden states come from. In a first run that
-//! is all layers; in a resumed one those for which something is left to do. Pure arithmetic, the same on every rank.
+//! Finds which layers of each stage every micro-batch passes, and where its hidden states come from. In a first run
+//! that is all layers; in a resumed one those for which something is left to do. Pure arithmetic, the same on every
+//! rank.
 
 use std::ops::Range;
 
@@ -10,8 +11,8 @@ use super::kept::Kept;
 pub struct Route {
     /// The first layer that it passes.
     pub enter: usize,
-    /// Whether its hidden states are read from a file or memory, rather than received from the stage before (on the first
-    /// stage: embedded).
+    /// Whether its hidden states are read from a file or memory, rather than received from the stage before (on the
+    /// first stage: embedded).
     pub kept: bool,
     /// The layer behind the last that it passes.
     pub until: usize,

@@ -46,8 +46,8 @@ pub fn check(dir: &Path) -> Result<()> {
     tried.map_err(|e| failed("can't write in --work-dir", dir, e))
 }
 
-/// Creates a run's directory, which only this user can enter, unless it exists; returns the user who owns files that this
-/// process writes there.
+/// Creates a run's directory, which only this user can enter, unless it exists; returns the user who owns files that
+/// this process writes there.
 ///
 /// # Errors
 /// Exit code 5 where the file system refuses, or where others may write there.
@@ -151,8 +151,8 @@ impl States {
     }
 
     /// Begins a file, which a thread of its own writes. When it is complete, files of the same documents before earlier
-    /// layers are removed, except for the newest of them: the layer behind that one may not be finished yet. No file before
-    /// layer `protected` or an earlier layer is removed.
+    /// layers are removed, except for the newest of them: the layer behind that one may not be finished yet. No file
+    /// before layer `protected` or an earlier layer is removed.
     ///
     /// # Errors
     /// Exit code 5 where the system refuses a thread.
@@ -187,8 +187,8 @@ impl States {
         ((self.starts[documents.end] - self.starts[documents.start]) * self.row) as u64
     }
 
-    /// Whether a file is complete and has the digest that belongs to its name. A file with NaN or infinity does not count:
-    /// the health check ended the run that wrote it, and after the source has been repaired the file is wrong.
+    /// Whether a file is complete and has the digest that belongs to its name. A file with NaN or infinity does not
+    /// count: the health check ended the run that wrote it, and after the source has been repaired the file is wrong.
     fn is_whole(&self, kept: &Kept) -> std::io::Result<bool> {
         let (file, bytes) = (self.own_file(&self.path(kept))?, self.bytes(&kept.documents));
         if file.metadata()?.len() != bytes + DIGEST as u64 {

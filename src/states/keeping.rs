@@ -68,9 +68,9 @@ impl<'a> Keeper<'a> {
         self.states
     }
 
-    /// Prepares to keep the hidden states of these micro-batches, in their order, before `layer`. They are kept where they
-    /// are `needed`, and where a resumed run would otherwise repeat `passes` of a micro-batch through a layer and this is
-    /// more than [`LEAST_REPETITION`] allows.
+    /// Prepares to keep the hidden states of these micro-batches, in their order, before `layer`. They are kept where
+    /// they are `needed`, and where a resumed run would otherwise repeat `passes` of a micro-batch through a layer and
+    /// this is more than [`LEAST_REPETITION`] allows.
     pub fn open(&self, layer: usize, micro_batches: &[usize], needed: bool, passes: usize) -> Keeping {
         let all = self.job.model.layers.len() * self.job.micro_batches.len();
         let worthwhile = || {
@@ -92,8 +92,8 @@ impl<'a> Keeper<'a> {
     /// Keeps a micro-batch's hidden states, where they are among those of `keeping`.
     ///
     /// # Errors
-    /// Exit code 5 where the disk refuses and the hidden states are needed. Where they are not, the refusal is a warning,
-    /// and nothing more is kept.
+    /// Exit code 5 where the disk refuses and the hidden states are needed. Where they are not, the refusal is a
+    /// warning, and nothing more is kept.
     pub fn keep(
         &mut self,
         keeping: &mut Keeping,
@@ -118,8 +118,8 @@ impl<'a> Keeper<'a> {
             keeping.file = Some(file);
         } else {
             keeping.runs.remove(0);
-            // The layer is handed to the finisher only after this. So a finished layer always has the hidden states behind
-            // it on the disk, and need not be computed again.
+            // The layer is handed to the finisher only after this. So a finished layer always has the hidden states
+            // behind it on the disk, and need not be computed again.
             match file.finish() {
                 Err(error) if keeping.needed => return Err(error),
                 Err(error) => {

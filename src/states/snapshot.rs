@@ -32,8 +32,8 @@ impl Snapshot {
         Ok(Snapshot { rows, writer })
     }
 
-    /// Hands over the rows of the next micro-batch; waits while [`WAITING`] others wait for the disk. Returns false where
-    /// the writing thread has ended; [`Snapshot::finish`] then has its error.
+    /// Hands over the rows of the next micro-batch; waits while [`WAITING`] others wait for the disk. Returns false
+    /// where the writing thread has ended; [`Snapshot::finish`] then has its error.
     pub fn take(&self, rows: Vec<u8>) -> bool {
         self.rows.send(rows).is_ok()
     }

@@ -1,5 +1,6 @@
 //! The first stage's hidden states: rows of the embedding, gathered in host memory on a thread of its own. The walk
-//! receives them as it would receive those of an earlier stage, so a GPU needs memory for these rows and not for the table.
+//! receives them as it would receive those of an earlier stage, so a GPU needs memory for these rows and not for the
+//! table.
 
 use std::convert::Infallible;
 use std::time::Instant;
@@ -16,12 +17,12 @@ use crate::job::Job;
 use crate::schedule::{Route, Routes};
 use crate::threads;
 
-/// Threads that gather rows. Few are enough, since gathering is faster than computing a layer. They are not those of the
-/// common pool, where they would wait for tasks that write to the disk.
+/// Threads that gather rows. Few are enough, since gathering is faster than computing a layer. They are not those of
+/// the common pool, where they would wait for tasks that write to the disk.
 const GATHERING: usize = 4;
 
-/// Embeds every micro-batch that enters at the first layer, in the order in which the walk takes them, until the walk has
-/// ended; returns the seconds of gathering and copying.
+/// Embeds every micro-batch that enters at the first layer, in the order in which the walk takes them, until the walk
+/// has ended; returns the seconds of gathering and copying.
 pub fn embed<B: Backend>(
     backend: &B,
     job: &Job,

@@ -71,8 +71,8 @@ impl<'a, B: Solver> Walk<'a, B> {
         Ok(())
     }
 
-    /// Copies the hidden states of a spilled stage from the device, as they were at the moment `since`: to a file, or to
-    /// host memory.
+    /// Copies the hidden states of a spilled stage from the device, as they were at the moment `since`: to a file, or
+    /// to host memory.
     pub(super) fn leave(
         &mut self,
         plan: SweepPlan<'a>,
@@ -95,8 +95,8 @@ impl<'a, B: Solver> Walk<'a, B> {
         Ok(())
     }
 
-    /// Keeps hidden states in a file. Where the second sweep begins with them and there is no directory, keeps them in host
-    /// memory.
+    /// Keeps hidden states in a file. Where the second sweep begins with them and there is no directory, keeps them in
+    /// host memory.
     pub(super) fn keep(
         &mut self,
         plan: SweepPlan<'a>,

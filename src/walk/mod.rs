@@ -1,4 +1,5 @@
-//! The walk of one rank: passes micro-batches through the layers of its slice, and hands complete layers to the finisher.
+//! The walk of one rank: passes micro-batches through the layers of its slice, and hands complete layers to the
+//! finisher.
 
 mod embedding;
 #[cfg(test)]

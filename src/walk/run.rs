@@ -1,11 +1,11 @@
-//! Runs a rank's slice: hidden states come in, pass layer by layer in groups of micro-batches, and go out. A resumed run
-//! does only the part of this that its [`crate::schedule::Routes`] name.
+//! Runs a rank's slice: hidden states come in, pass layer by layer in groups of micro-batches, and go out. A resumed
+//! run does only the part of this that its [`crate::schedule::Routes`] name.
 //!
 //! The work is divided among threads. One loads the next layer, one computes, one quantizes and one places its tensors.
-//! Another pair of quantizing and placing threads copies the embedding, the final norm and lm_head. Two more bring hidden
-//! states to the device and send them on. A streamed stage hands over one layer at a time and waits until its weights are
-//! released, so that the weights of at most three layers are in memory. A resident stage loads its whole slice ahead and
-//! keeps it until the last group has passed.
+//! Another pair of quantizing and placing threads copies the embedding, the final norm and lm_head. Two more bring
+//! hidden states to the device and send them on. A streamed stage hands over one layer at a time and waits until its
+//! weights are released, so that the weights of at most three layers are in memory. A resident stage loads its whole
+//! slice ahead and keeps it until the last group has passed.
 
 use std::sync::Arc;
 use std::time::Instant;
@@ -25,8 +25,8 @@ use crate::record::PartId;
 use crate::threads;
 
 impl<B: Solver> Stage<'_, B> {
-    /// Runs the slice to its end, and returns where the time went. Tensors are written to `files` where this rank sees the
-    /// output, and otherwise sent to rank 0.
+    /// Runs the slice to its end, and returns where the time went. Tensors are written to `files` where this rank sees
+    /// the output, and otherwise sent to rank 0.
     ///
     /// # Errors
     /// Exit code 5: a disk or a device that fails, a maximum that is zero, NaN or infinite.
@@ -41,8 +41,8 @@ impl<B: Solver> Stage<'_, B> {
             let finishing = threads::scoped(scope, "finish", move || {
                 finish(backend, job, files, outbox, timeline, &to_finish)
             })?;
-            // Parts that are only copied have a finisher of their own: they may be as large as a layer, and a layer must
-            // not wait for them.
+            // Parts that are only copied have a finisher of their own: they may be as large as a layer, and a layer
+            // must not wait for them.
             let unquantized = self.unquantized().into_iter().map(ToFinish::Unquantized);
             let copying = threads::scoped(scope, "copy", move || {
                 finish(backend, job, files, outbox, timeline, unquantized)
@@ -66,7 +66,8 @@ impl<B: Solver> Stage<'_, B> {
             let finished = threads::value(finishing.join());
             let copied = threads::value(copying.join());
             let departed = threads::value(departures.join());
-            // Where one of these threads failed, the walk's error only says that a channel is closed, so theirs go first.
+            // Where one of these threads failed, the walk's error only says that a channel is closed, so theirs go
+            // first.
             let mut phases = finished?;
             phases.write += copied?.write;
             let departed = departed?;
@@ -99,9 +100,10 @@ impl<B: Solver> Stage<'_, B> {
         Ok(walked)
     }
 
-    /// Passes micro-batches through the slice. Methods with statistics can't finish a layer before all groups have passed
-    /// it. So that the next stage need not wait for that, they make two sweeps where there is one: the first only
-    /// computes the hidden states for it, and in the second all stages work at the same time, each on its own layers.
+    /// Passes micro-batches through the slice. Methods with statistics can't finish a layer before all groups have
+    /// passed it. So that the next stage need not wait for that, they make two sweeps where there is one: the first
+    /// only computes the hidden states for it, and in the second all stages work at the same time, each on its own
+    /// layers.
     fn walk(&self, finisher: &Sender<ToFinish<B>>, transfer: Transfer<B>) -> Result<Phases> {
         let mut walk = Walk::new(self, transfer)?;
         if !self.job.method.needs_statistics() {

@@ -1,5 +1,5 @@
-//! Gathers the statistics of a layer's inputs while micro-batches pass it: sums of products, maxima, squares and sampled
-//! rows.
+//! Gathers the statistics of a layer's inputs while micro-batches pass it: sums of products, maxima, squares and
+//! sampled rows.
 
 use crate::backend::{Channels, Gathered, Solver};
 use crate::error::Result;

@@ -20,8 +20,8 @@ pub trait Sweep<B: Solver> {
     fn observe(&mut self, layer: usize, micro_batch: usize, site: usize, x: &B::Tensor) -> Result<()>;
     /// Whether [`Sweep::complete`] wants a layer when every micro-batch has passed it.
     fn completes(&self, layer: usize) -> bool;
-    /// Offers the weights of a layer which some micro-batches have yet to pass, so that it can be quantized early. Where
-    /// the walk has to wait for their release, returns a receiver that disconnects then.
+    /// Offers the weights of a layer which some micro-batches have yet to pass, so that it can be quantized early.
+    /// Where the walk has to wait for their release, returns a receiver that disconnects then.
     fn offer(&mut self, _: usize, _: &Arc<LayerWeights<B::Tensor>>) -> Result<Option<Receiver<()>>> {
         Ok(None)
     }
@@ -31,8 +31,8 @@ pub trait Sweep<B: Solver> {
     fn seen(&mut self, layer: usize, documents: usize) -> Result<()>;
 }
 
-/// Gathers the maximum of each site's input. Weights are quantized early whenever the finisher is free, so that little is
-/// left to do after the last micro-batch.
+/// Gathers the maximum of each site's input. Weights are quantized early whenever the finisher is free, so that little
+/// is left to do after the last micro-batch.
 pub struct Maxima<'a, B: Solver> {
     stage: &'a Stage<'a, B>,
     amax: B::Amax,
@@ -190,8 +190,8 @@ impl<B: Solver> Sweep<B> for Statistics<'_, B> {
 
     fn complete(&mut self, layer: usize, weights: Arc<LayerWeights<B::Tensor>>) -> Result<()> {
         let Some(sums) = self.sums.take() else { return Ok(()) };
-        // Waits until the layer is quantized: statistics are larger than weights, and memory is planned for those of one
-        // layer.
+        // Waits until the layer is quantized: statistics are larger than weights, and memory is planned for those of
+        // one layer.
         let (weights, released) = FinisherWeights::with_release(weights);
         let statistics = self.gathering.finish(sums)?;
         send(self.finisher, ToFinish::WithStatistics { layer, statistics, weights })?;

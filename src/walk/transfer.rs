@@ -11,8 +11,8 @@ use crate::cluster::{Frame, spare};
 use crate::error::{Error, Result};
 use crate::finish::{Hidden, Outbox};
 
-/// Micro-batches whose hidden states may wait in each channel: copied to the device before the walk takes them, or ready
-/// to be copied from it.
+/// Micro-batches whose hidden states may wait in each channel: copied to the device before the walk takes them, or
+/// ready to be copied from it.
 pub const WAITING: usize = 1;
 
 /// The number of a micro-batch and its hidden states on the device, from the stage before or the embedding.
@@ -57,8 +57,8 @@ pub fn arrivals<B: Backend>(
     }
 }
 
-/// Copies hidden states from the device and sends them to the next stage, in order, until the walk has ended; returns the
-/// seconds of copying and sending. The time in which the device computes them is not counted.
+/// Copies hidden states from the device and sends them to the next stage, in order, until the walk has ended; returns
+/// the seconds of copying and sending. The time in which the device computes them is not counted.
 ///
 /// # Errors
 /// Exit code 5: a device that fails.
