@@ -35,9 +35,9 @@ pub struct LinearScan {
     /// Bytes of codes, of block scales and of the global scale that max calibration would have chosen
     /// otherwise.
     pub differing: Option<usize>,
-    /// The input channel whose weights are furthest from the source's by a common factor, and this factor: what
-    /// produces the channel does not hold the factor that was folded into the weights.
-    pub unbalanced: Option<(usize, f64)>,
+    /// The input channels whose weights are off the source's by a common factor, and these factors: what produces the
+    /// channel does not hold the factor that was folded into the weights.
+    pub unbalanced: Vec<(usize, f64)>,
 }
 
 /// The relative error from which on a linear is compared with what max scales would have made of it.
@@ -194,11 +194,11 @@ impl Scan<'_> {
         (0..self.elements.div_ceil(CHUNK)).into_par_iter().map_init(Buffers::default, part).collect()
     }
 
-    /// The channel that is furthest from the source, among those that are further than rounding explains.
-    fn unbalanced(&self, rows: usize) -> Option<(usize, f64)> {
-        let columns = self.columns.as_ref()?.lock().expect("no thread panicked");
-        let off = columns.iter().enumerate().filter_map(|(i, line)| Some((i, line.is_off_by(rows)?)));
-        off.max_by(|(_, a), (_, b)| a.ln().abs().total_cmp(&b.ln().abs()))
+    /// The channels that are further from the source than rounding explains.
+    fn unbalanced(&self, rows: usize) -> Vec<(usize, f64)> {
+        let Some(columns) = &self.columns else { return vec![] };
+        let columns = columns.lock().expect("no thread panicked");
+        columns.iter().enumerate().filter_map(|(i, line)| Some((i, line.is_off_by(rows)?))).collect()
     }
 
     fn part(&self, range: Range<usize>, buffers: &mut Buffers) -> Option<Scanned> {

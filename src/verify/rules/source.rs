@@ -8,7 +8,7 @@ use super::scales::has_linears;
 use crate::backend::Gamma;
 use crate::checkpoint::{Checkpoint, LinearScheme, SourceTensor, widen};
 use crate::model::{Layer, Model, Producer, Site, TensorSpec, is_dispensable};
-use crate::verify::scan::WORTH_A_LOOK;
+use crate::verify::scan::{LinearScan, WORTH_A_LOOK};
 use crate::verify::subject::Subject;
 use crate::verify::{Concerns, Findings, Rule, any};
 
@@ -148,13 +148,32 @@ fn close(subject: &Subject, findings: &mut Findings) {
         } else if relative > WORTH_A_LOOK.max(CLOSE_TO_MAX * max) {
             findings.warn(format!("{}: relative error {relative:.3}", scan.module));
         }
-        // Where data is degenerate, codes may move a column of few rows as well, so this alone is no proof of damage.
-        if let Some((channel, factor)) = scan.unbalanced {
-            findings.warn(format!(
+    }
+    subject.linears.chunk_by(|a, b| a.group == b.group).for_each(|readers| balanced(readers, findings));
+}
+
+/// A norm that was changed in one channel has a factor that its readers do not make up for. Where data is degenerate,
+/// chosen codes may move a column of one reader by a factor as well; two move by the same only if it is the norm's.
+fn balanced(readers: &[LinearScan], findings: &mut Findings) {
+    /// How near the factors of one channel are that two linears show.
+    const ALIKE: f64 = 0.2;
+    for (i, reader) in readers.iter().enumerate() {
+        for &(channel, factor) in &reader.unbalanced {
+            let alike = |other: &LinearScan| {
+                let mut off = other.unbalanced.iter().filter(|(of, _)| *of == channel);
+                off.any(|(_, there)| (there / factor).ln().abs() < ALIKE * factor.ln().abs())
+            };
+            let text = format!(
                 "{}: the weights that read input channel {channel} are {factor:.3} times what the norm or the rows that \
                  produce it make up for",
-                scan.module
-            ));
+                reader.module
+            );
+            let mut others = readers.iter().enumerate().filter(|(other, _)| *other != i);
+            if others.any(|(_, other)| alike(other)) {
+                findings.error(text);
+            } else if readers.len() == 1 {
+                findings.warn(text);
+            }
         }
     }
 }
