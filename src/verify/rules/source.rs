@@ -153,10 +153,13 @@ fn close(subject: &Subject, findings: &mut Findings) {
 }
 
 /// A norm that was changed in one channel has a factor that its readers do not make up for. Where data is degenerate,
-/// chosen codes may move a column of one reader by a factor as well; two move by the same only if it is the norm's.
+/// chosen codes may move a column of one reader by a factor as well, and those of two by a small one: a block scale that
+/// clips a column makes it smaller in all of them.
 fn balanced(readers: &[LinearScan], findings: &mut Findings) {
     /// How near the factors of one channel are that two linears show.
     const ALIKE: f64 = 0.2;
+    /// The logarithm beyond which a factor that two linears show is no choice of codes any more: a third.
+    const BEYOND_CODES: f64 = 0.3;
     for (i, reader) in readers.iter().enumerate() {
         for &(channel, factor) in &reader.unbalanced {
             let alike = |other: &LinearScan| {
@@ -169,9 +172,10 @@ fn balanced(readers: &[LinearScan], findings: &mut Findings) {
                 reader.module
             );
             let mut others = readers.iter().enumerate().filter(|(other, _)| *other != i);
-            if others.any(|(_, other)| alike(other)) {
+            let shared = others.any(|(_, other)| alike(other));
+            if shared && factor.ln().abs() > BEYOND_CODES {
                 findings.error(text);
-            } else if readers.len() == 1 {
+            } else if shared || readers.len() == 1 {
                 findings.warn(text);
             }
         }
