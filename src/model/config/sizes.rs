@@ -312,7 +312,7 @@ mod tests {
             (json!({"tie_word_embeddings": 1}), "tie_word_embeddings"),
             (json!({"hidden_act": "gelu"}), "hidden_act"),
             (json!({"rms_norm_eps": -1}), "rms_norm_eps"),
-            (json!({"rope_scaling": {"rope_type": "longrope", "factor": 2}}), "longrope"),
+            (json!({"rope_scaling": {"rope_type": "longrope", "factor": 2}}), "short_factor"),
             (json!({"rope_parameters": {"full_attention": {"rope_type": "default"}}}), "full_attention"),
         ] {
             let error = parse(change.clone()).unwrap_err();
