@@ -62,7 +62,9 @@ fn outliers(name: &str, view: &TensorView<'_>) -> Vec<u8> {
     let mut values = widen(&source).unwrap();
     let row = values.len() / view.shape().first().unwrap_or(&1);
     for (_, places) in OUTLIERS.iter().filter(|(part, _)| name.contains(part)) {
-        for &place in *places {
+        // Towers beside the decoder have smaller norms.
+        let end = values.len() / row;
+        for &place in places.iter().filter(|place| **place < end) {
             values[place * row..(place + 1) * row].iter_mut().for_each(|x| *x *= 16.0);
         }
     }
@@ -202,42 +204,50 @@ fn folded_models_compute_the_same_hidden_states() {
     let mut fixtures: Vec<PathBuf> = [inside("families"), inside("dense")].concat();
     fixtures.sort();
     assert!(fixtures.len() >= 64, "the fixtures are there");
-    for fixture in fixtures {
-        let name = fixture.file_name().unwrap().to_string_lossy().into_owned();
-        let dir = planted(&fixture);
-        let job = job(dir.path());
-        let wide = Cpu::new(Compute::F32, 2).unwrap();
-        let states =
-            |backend: &Cpu, replaced: &Replaced| hidden_states(backend, &job, replaced, &mut |_, _, _| {});
-        let (mut replaced, count) = folded(&wide, &job);
-        let [inputs, can_be] = count;
-        assert!(can_be == 0 || inputs > 0, "{name}: {inputs} of {can_be} inputs are folded");
+    let failed: Vec<String> = (fixtures.iter())
+        .filter_map(|fixture| {
+            let name = fixture.file_name().unwrap().to_string_lossy().into_owned();
+            std::panic::catch_unwind(|| folds_change_nothing(fixture, &name)).err().map(|_| name)
+        })
+        .collect();
+    assert!(failed.is_empty(), "{failed:?}");
+}
 
-        let plain = states(&wide, &Replaced::new());
-        let error = difference(&states(&wide, &replaced), &plain);
-        // Folded biases are stored as the checkpoint stores them.
-        let rounded = job.model.linears().any(|linear| linear.bias) && job.inventory.compute == Compute::Bf16;
-        assert!(error < if rounded { 2e-3 } else { 1e-5 }, "{name}: {error:e}");
+/// Folds one fixture, and compares what it computes with what it computed.
+fn folds_change_nothing(fixture: &Path, name: &str) {
+    let dir = planted(fixture);
+    let job = job(dir.path());
+    let wide = Cpu::new(Compute::F32, 2).unwrap();
+    let states =
+        |backend: &Cpu, replaced: &Replaced| hidden_states(backend, &job, replaced, &mut |_, _, _| {});
+    let (mut replaced, count) = folded(&wide, &job);
+    let [inputs, can_be] = count;
+    assert!(can_be == 0 || inputs > 0, "{name}: {inputs} of {can_be} inputs are folded");
 
-        if job.inventory.compute == Compute::Bf16 {
-            let backend = Cpu::new(Compute::Bf16, 2).unwrap();
-            for tensor in replaced.values_mut().filter(|tensor| tensor.shape.len() == 2) {
-                let bytes = narrow(Dtype::BF16, &widen(tensor).unwrap());
-                *tensor = SourceTensor::from_bytes(&tensor.name, Dtype::BF16, &tensor.shape, &bytes).unwrap();
-            }
-            let plain_bf16 = states(&backend, &Replaced::new());
-            let (error, rounding) =
-                (difference(&states(&backend, &replaced), &plain), difference(&plain_bf16, &plain));
-            assert!(error < 2.0 * rounding, "{name}: {error:e} with folds, {rounding:e} without");
+    let plain = states(&wide, &Replaced::new());
+    let error = difference(&states(&wide, &replaced), &plain);
+    // Folded biases are stored as the checkpoint stores them.
+    let rounded = job.model.linears().any(|linear| linear.bias) && job.inventory.compute == Compute::Bf16;
+    assert!(error < if rounded { 2e-3 } else { 1e-5 }, "{name}: {error:e}");
+
+    if job.inventory.compute == Compute::Bf16 {
+        let backend = Cpu::new(Compute::Bf16, 2).unwrap();
+        for tensor in replaced.values_mut().filter(|tensor| tensor.shape.len() == 2) {
+            let bytes = narrow(Dtype::BF16, &widen(tensor).unwrap());
+            *tensor = SourceTensor::from_bytes(&tensor.name, Dtype::BF16, &tensor.shape, &bytes).unwrap();
         }
+        let plain_bf16 = states(&backend, &Replaced::new());
+        let (error, rounding) =
+            (difference(&states(&backend, &replaced), &plain), difference(&plain_bf16, &plain));
+        assert!(error < 2.0 * rounding, "{name}: {error:e} with folds, {rounding:e} without");
+    }
 
-        // A fold that its producer did not take makes another function.
-        let holds = |producer: &&str| replaced.keys().any(|name| name.contains(producer));
-        for producer in ["norm", "up_proj"].into_iter().filter(holds) {
-            let mut broken = replaced.clone();
-            broken.retain(|name, _| !name.contains(producer));
-            let error = difference(&states(&wide, &broken), &plain);
-            assert!(error > 0.05, "{name} without {producer}: {error:e}");
-        }
+    // A fold that its producer did not take makes another function.
+    let holds = |producer: &&str| replaced.keys().any(|name| name.contains(producer));
+    for producer in ["norm", "up_proj"].into_iter().filter(holds) {
+        let mut broken = replaced.clone();
+        broken.retain(|name, _| !name.contains(producer));
+        let error = difference(&states(&wide, &broken), &plain);
+        assert!(error > 0.05, "{name} without {producer}: {error:e}");
     }
 }
