@@ -1,11 +1,13 @@
 //! Whether a checkpoint's tensors are those of the model that its config.json describes; where they are not, which of
 //! its fields is wrong.
 
+use std::collections::BTreeSet;
+
 use safetensors::Dtype;
 use serde_json::Value;
 
 use super::description::Model;
-use super::layer::TensorSpec;
+use super::layer::{LinearSpec, TensorSpec};
 use crate::checkpoint::{Checkpoint, Entry};
 use crate::error::{Error, Result, quoted};
 
@@ -141,7 +143,7 @@ impl Model {
             let mut with_biases = checkpoint.config.clone();
             with_biases.insert(field.into(), true.into());
             let explained = Model::parse(&with_biases, &|name| checkpoint.tensors.contains_key(name))
-                .is_ok_and(|model| model.tensors().all(|spec| checkpoint.tensors.contains_key(&spec.name)));
+                .is_ok_and(|model| model.has_biases_of(checkpoint, name));
             let fix = match explained {
                 true => format!("set {field} to true in config.json"),
                 false => format!(
@@ -162,6 +164,19 @@ impl Model {
         let file =
             checkpoint.tensors.get(name).map_or(&checkpoint.dir, |entry| &checkpoint.files[entry.file]);
         Error::input(why).file(file).tensor(name).fix(fix)
+    }
+
+    /// Whether a bias of this name belongs to this model, and every kind of linear that has a bias in it has one in the
+    /// checkpoint, in some layer at least.
+    fn has_biases_of(&self, checkpoint: &Checkpoint, name: &str) -> bool {
+        let biased = || self.linears().filter_map(LinearSpec::bias);
+        let kind = |name: &str| {
+            let parts: Vec<&str> = name.rsplit('.').take(2).collect();
+            format!(".{}.{}", parts[1], parts[0])
+        };
+        let kinds: BTreeSet<String> = biased().map(|bias| kind(&bias)).collect();
+        let stored = |kind: &String| checkpoint.tensors.keys().any(|name| name.ends_with(kind.as_str()));
+        biased().any(|bias| bias == name) && kinds.iter().all(stored)
     }
 
     /// Decoder layers that have tensors.
