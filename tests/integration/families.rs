@@ -45,6 +45,11 @@ fn widened(backend: &Cpu, bytes: &[u8]) -> Vec<f32> {
     }
 }
 
+/// BF16 checkpoints of which Transformers' own results in BF16 are so far from those in F32 (hidden states), or whose
+/// maxima move by up to three roundings when a sum is taken in another order. Their arithmetic is proven in F32.
+const NOISY: [(&str, f64, f32); 3] =
+    [("muse_glimmer", 1.5e-2, 3e-2), ("gemma3", 1e-2, 3e-2), ("mistral3_ministral3", 1e-2, 3e-2)];
+
 /// Runs both documents of a variation as one micro-batch and compares everything.
 fn check(dir: &Path) {
     let name = dir.file_name().unwrap().to_string_lossy().into_owned();
@@ -54,9 +59,9 @@ fn check(dir: &Path) {
     let compute = Inventory::new(&checkpoint, &model, layout, Scheme::Nvfp4, &[]).unwrap().compute;
     let (tolerance, amax_tolerance) = match compute {
         Compute::F32 => (1e-4, 1e-4),
-        // Transformers in BF16 is up to 1.5e-2 from itself in F32 on these checkpoints, and a maximum moves by one or
-        // two roundings whenever a sum is taken in another order: it is F32 that proves the arithmetic.
-        Compute::Bf16 => (1.5e-2, 3e-2),
+        Compute::Bf16 => {
+            NOISY.into_iter().find(|(noisy, ..)| *noisy == name).map_or((1e-2, 1e-2), |of| (of.1, of.2))
+        }
     };
     let stored = std::fs::read(dir.join("expected.safetensors")).unwrap();
     let expected = SafeTensors::deserialize(&stored).unwrap();
