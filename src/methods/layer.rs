@@ -313,11 +313,12 @@ impl<S: Solver> Layer<'_, S> {
     /// really happened to them.
     fn realized(&self, norm: usize, wished: &[f32]) -> Vec<f32> {
         let (gamma, weights) = self.gamma(norm);
+        let round = |x| (self.round_norm)(norm, x);
         let pairs = weights.iter().zip(wished);
         pairs
             .map(|(&weight, factor)| {
-                let there = gamma.of_weight(weight);
-                let here = gamma.of_weight((self.round_norm)(norm, gamma.to_weight(there * factor)));
+                let there = gamma.of_weight(weight, round);
+                let here = gamma.of_weight(round(gamma.to_weight(there * factor)), round);
                 let realized = here / there;
                 if realized.is_normal() && realized > 0.0 { realized } else { 1.0 }
             })
@@ -335,10 +336,11 @@ impl<S: Solver> Layer<'_, S> {
         match &self.spec.sites[site].producer {
             Producer::Norm(norm) => {
                 let (gamma, weights) = self.gamma(*norm);
+                let round = |x| (self.round_norm)(*norm, x);
                 let folded = |(&weight, factor): (&f32, &f32)| match factor {
                     // Exact, also where one plus the weight is not.
                     1.0 => weight,
-                    factor => (self.round_norm)(*norm, gamma.to_weight(gamma.of_weight(weight) * factor)),
+                    factor => round(gamma.to_weight(gamma.of_weight(weight, round) * factor)),
                 };
                 let weights = weights.iter().zip(factors).map(folded).collect();
                 Change::Norm { number: *norm, weights, factors: factors.to_vec() }

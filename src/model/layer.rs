@@ -52,11 +52,13 @@ pub struct Norm {
 }
 
 impl Gamma {
-    /// What a stored weight multiplies by.
-    pub fn of_weight(self, weight: f32) -> f32 {
+    /// What a stored weight multiplies by. `round` rounds to the dtype that the weight is stored in, in which it is
+    /// computed with.
+    pub fn of_weight(self, weight: f32, round: impl Fn(f32) -> f32) -> f32 {
         match self {
             Gamma::Weight => weight,
-            Gamma::OnePlus | Gamma::OnePlusRounded => 1.0 + weight,
+            Gamma::OnePlus => 1.0 + weight,
+            Gamma::OnePlusRounded => round(1.0 + weight),
             Gamma::One => 1.0,
         }
     }

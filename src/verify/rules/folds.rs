@@ -11,7 +11,7 @@ use rayon::prelude::*;
 use safetensors::Dtype;
 
 use crate::backend::Gamma;
-use crate::checkpoint::{SourceTensor, widen};
+use crate::checkpoint::{SourceTensor, stored, widen};
 use crate::model::{Layer, LinearSpec, Norm, Producer, Rows};
 use crate::nvfp4::{BLOCK, dequantize};
 use crate::verify::scan::widen as read_range;
@@ -76,8 +76,10 @@ pub fn norm_factors(subject: &Subject, norm: &Norm) -> Option<Vec<f32>> {
         return Some(factors.into_iter().map(|f| f.unwrap_or(1.0)).collect());
     }
     let (there, here) = both(subject, &weight.name)?;
+    let dtype = subject.source.as_ref()?.tensors.get(&weight.name)?.dtype;
+    let round = |x| stored(dtype, x);
     let ratio = |(here, there): (&f32, &f32)| {
-        let ratio = gamma.of_weight(*here) / gamma.of_weight(*there);
+        let ratio = gamma.of_weight(*here, round) / gamma.of_weight(*there, round);
         if ratio.is_normal() { ratio } else { 1.0 }
     };
     Some(here.iter().zip(&there).map(ratio).collect())
@@ -90,7 +92,8 @@ pub fn holds_factor(dtype: Dtype, gamma: Gamma, here: f32, there: f32) -> bool {
     /// No fold makes an element smaller than by this.
     const LEAST: f32 = 1.0 / 64.0;
     let vanished = gamma == Gamma::Weight && here == 0.0 && (there * LEAST).abs() <= smallest_normal(dtype);
-    let (here, there) = (gamma.of_weight(here), gamma.of_weight(there));
+    let round = |x| stored(dtype, x);
+    let (here, there) = (gamma.of_weight(here, round), gamma.of_weight(there, round));
     vanished || if there == 0.0 { here == 0.0 } else { (here / there).is_normal() && here / there > 0.0 }
 }
 
