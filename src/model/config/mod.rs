@@ -106,6 +106,18 @@ impl<'a> Config<'a> {
         }
     }
 
+    /// The window of every layer: `window` where the layer slides, by `layer_types` or, where that field is absent, by
+    /// the family's pattern, which says of a layer whether it sees everything.
+    pub fn windows(
+        &self,
+        layers: usize,
+        window: Option<usize>,
+        sees_all: impl Fn(usize) -> bool,
+    ) -> Result<Vec<Option<usize>>> {
+        let types = self.layer_types(layers, |layer| if sees_all(layer) { FULL } else { SLIDING })?;
+        Ok(types.iter().map(|kind| window.filter(|_| kind == SLIDING)).collect())
+    }
+
     /// A list of a number for each layer.
     pub fn layer_numbers(&self, name: &str, layers: usize) -> Result<Option<Vec<f64>>> {
         let Some(value) = self.text.get(name) else { return Ok(None) };

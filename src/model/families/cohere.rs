@@ -4,8 +4,8 @@ use super::Family;
 use crate::backend::{Gamma, NormKind};
 use crate::error::Result;
 use crate::model::attention::{HeadNorms, NormScope};
+use crate::model::config::Config;
 use crate::model::config::sizes::{Defaults, Sizes};
-use crate::model::config::{Config, FULL, SLIDING};
 use crate::model::form::{BlockForm, Form, HeadForm, LayerForm, MixerForm};
 use crate::model::layer::NormForm;
 use crate::model::rope::{Rope, RopeOptions, RopeStyle};
@@ -40,12 +40,10 @@ fn cohere2(config: &Config<'_>) -> Result<Form> {
     let sizes = config.sizes(&DEFAULTS)?;
     let window = config.text.count_or("sliding_window", Some(4096))?;
     let pattern = config.text.optional_count("sliding_window_pattern")?.unwrap_or(4);
-    let of_pattern = |layer: usize| if (layer + 1).is_multiple_of(pattern) { FULL } else { SLIDING };
-    let types = config.layer_types(sizes.layers, of_pattern)?;
+    let windows = config.windows(sizes.layers, window, |layer| (layer + 1).is_multiple_of(pattern))?;
     model(config, &sizes, |layer, attention| {
-        let slides = types[layer] == SLIDING && window.is_some();
-        attention.window = window.filter(|_| slides);
-        attention.rope = slides.then_some(0);
+        attention.window = windows[layer];
+        attention.rope = windows[layer].map(|_| 0);
     })
 }
 

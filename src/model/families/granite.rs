@@ -2,8 +2,8 @@
 
 use super::Family;
 use crate::error::Result;
+use crate::model::config::Config;
 use crate::model::config::sizes::{Defaults, KvHeads, Sizes};
-use crate::model::config::{Config, FULL, SLIDING};
 use crate::model::form::{EmbeddingForm, Form, HeadForm, LayerForm};
 use crate::model::rope::Rope;
 
@@ -77,8 +77,7 @@ fn granite_swa(config: &Config<'_>) -> Result<Form> {
     let factors = Factors::of(config)?;
     config.activation("hidden_act", &["silu"])?;
     let window = config.text.count_or("sliding_window", Some(128))?;
-    let of_pattern = |layer: usize| if layer.is_multiple_of(4) { FULL } else { SLIDING };
-    let types = config.layer_types(sizes.layers, of_pattern)?;
+    let windows = config.windows(sizes.layers, window, |layer| layer.is_multiple_of(4))?;
     let rope = Rope::read(config, &sizes, &sizes.rope())?;
     let (ropes, of_layer) = match config.layer_numbers("layer_rope_theta", sizes.layers)? {
         None => (vec![rope], vec![Some(0); sizes.layers]),
@@ -88,7 +87,7 @@ fn granite_swa(config: &Config<'_>) -> Result<Form> {
     let form = sizes.model(ropes, |number| {
         let mut layer = layer(config, &sizes, &factors, scale)?;
         layer.attention_mut().for_each(|attention| {
-            attention.window = window.filter(|_| types[number] == SLIDING);
+            attention.window = windows[number];
             attention.rope = of_layer[number];
             attention.sinks = true;
         });

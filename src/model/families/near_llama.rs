@@ -6,8 +6,8 @@ use super::Family;
 use crate::backend::NormKind;
 use crate::error::Result;
 use crate::model::attention::{AttentionNames, HeadNorms, NormScope};
+use crate::model::config::Config;
 use crate::model::config::sizes::{Defaults, KvHeads};
-use crate::model::config::{Config, FULL, SLIDING};
 use crate::model::form::{BlockForm, Form, LayerForm, MixerForm};
 use crate::model::mlp::{Function, MlpForm, MlpShape};
 use crate::model::rope::{Rope, RopeOptions};
@@ -49,11 +49,10 @@ fn smollm3(config: &Config<'_>) -> Result<Form> {
         true => config.text.count_or("sliding_window", None)?,
         false => None,
     };
-    let of_pattern = |layer: usize| if rotates(layer) { FULL } else { SLIDING };
-    let types = config.layer_types(sizes.layers, of_pattern)?;
+    let windows = config.windows(sizes.layers, window, rotates)?;
     sizes.llama(config, |layer, attention, mlp| {
         (attention.input_bias, attention.output_bias, mlp.bias) = (bias, bias, mlp_bias);
-        attention.window = window.filter(|_| types[layer] == SLIDING);
+        attention.window = windows[layer];
         attention.rope = rotates(layer).then_some(0);
     })
 }

@@ -5,8 +5,8 @@ use super::Family;
 use crate::backend::NormKind;
 use crate::error::Result;
 use crate::model::attention::{HeadNorms, NormScope};
+use crate::model::config::Config;
 use crate::model::config::sizes::{Defaults, KvHeads, Sizes};
-use crate::model::config::{Config, FULL, SLIDING};
 use crate::model::form::Form;
 
 /// Biases on q, k and v; the window starts at a layer, where it is used at all.
@@ -71,6 +71,5 @@ fn windows(config: &Config<'_>, sizes: &Sizes, first_sliding: usize) -> Result<V
     // Zero is a number of layers like any other.
     let first = config.text.get("max_window_layers").and_then(serde_json::Value::as_u64);
     let first = first.map_or(first_sliding, |first| first as usize);
-    let types = config.layer_types(sizes.layers, |layer| if layer >= first { SLIDING } else { FULL })?;
-    Ok(types.iter().map(|kind| window.filter(|_| kind == SLIDING)).collect())
+    config.windows(sizes.layers, window, |layer| layer < first)
 }

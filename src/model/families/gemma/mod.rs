@@ -138,9 +138,7 @@ fn gemma3(config: &Config<'_>) -> Result<Form> {
 /// The window of each layer, of which every `pattern`-th has none.
 fn windows(config: &Config<'_>, sizes: &Sizes, pattern: usize) -> Result<Vec<Option<usize>>> {
     let window = config.text.count_or("sliding_window", Some(4096))?;
-    let of_pattern = |layer: usize| if (layer + 1).is_multiple_of(pattern) { FULL } else { SLIDING };
-    let types = config.layer_types(sizes.layers, of_pattern)?;
-    Ok(types.iter().map(|kind| window.filter(|_| kind == SLIDING)).collect())
+    config.windows(sizes.layers, window, |layer| (layer + 1).is_multiple_of(pattern))
 }
 
 /// The layers of the second and third generation, whose attention `change` completes.

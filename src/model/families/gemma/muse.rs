@@ -5,8 +5,8 @@ use super::{FOUR, sandwich};
 use crate::backend::{Gamma, NormKind};
 use crate::error::Result;
 use crate::model::attention::{HeadNorms, NormScope};
+use crate::model::config::Config;
 use crate::model::config::sizes::{Defaults, KvHeads};
-use crate::model::config::{Config, FULL, SLIDING};
 use crate::model::families::Family;
 use crate::model::form::{EmbeddingForm, Form, HeadForm};
 use crate::model::rope::Rope;
@@ -27,8 +27,7 @@ fn muse(config: &Config<'_>) -> Result<Form> {
     config.activation("hidden_activation", &["silu"])?;
     // Every fourth layer, counted from the last.
     let every_fourth = |layer: usize| (sizes.layers - 1 - layer).is_multiple_of(4);
-    let types = config.layer_types(sizes.layers, |layer| if every_fourth(layer) { FULL } else { SLIDING })?;
-    let window = text.count_or("sliding_window", Some(2048))?;
+    let windows = config.windows(sizes.layers, text.count_or("sliding_window", Some(2048))?, every_fourth)?;
     let thetas = config.layer_numbers("layer_rope_theta", sizes.layers)?;
     let rotates = |layer: usize| thetas.as_ref().map_or(!every_fourth(layer), |thetas| thetas[layer] != 0.0);
     let number = |name: &str, default: f64| text.number(name).map(|x| x.unwrap_or(default) as f32);
@@ -40,7 +39,7 @@ fn muse(config: &Config<'_>) -> Result<Form> {
     let form = sizes.model(vec![rope], |layer| {
         let mut attention = sizes.attention();
         (attention.input_bias, attention.output_bias) = (bias, bias);
-        attention.window = window.filter(|_| types[layer] == SLIDING);
+        attention.window = windows[layer];
         attention.rope = rotates(layer).then_some(0);
         attention.head_norms = Some(HeadNorms { kind: plain, scope: NormScope::Head, after_rotation: false });
         attention.query_scale = Some(factor);
